@@ -1,0 +1,266 @@
+"""Attention that stores a prompt once, however many beams read it.
+
+Registered with transformers as an attention function, so any model that looks its attention up
+in the registry is served without a fork of its code. The engine tells the function what to do
+through a context variable:
+
+* prefill: ordinary causal attention over right-padded prompts; the keys and values of every
+  layer are kept as the request's **context KV**;
+* decode: the W beams of a request lie side by side in the sequence dimension. Each attends to
+  the request's context and to its own few generated positions, never to its neighbours. Both
+  sets of scores share one softmax, which is what merging two attentions by log-sum-exp gives.
+
+Shapes: B requests, W beams, T padded prompt length, t generated positions before this one,
+Hq query heads, Hkv key heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "rectokens_shared_context"
+
+# Arguments of transformers' attention calls that change the result and that the decode path
+# implements; a model that passes any other non-None tensor or number is refused.
+_UNDERSTOOD = frozenset({"scaling", "sliding_window", "softcap", "dropout"})
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
+)
+
+
+@dataclass(slots=True)
+class ContextKV:
+    """Keys and values of the prompts, stored once a request.
+
+    Attributes:
+        lengths: int64 (B,), prompt lengths; positions from there on are padding.
+        keys: by layer index, (B, Hkv, T, D).
+        values: by layer index, (B, Hkv, T, D).
+    """
+
+    lengths: Tensor
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class BeamKV:
+    """Keys and values of the generated positions, in the slots that produced them.
+
+    Beams are never copied when they are reordered: ``paths`` says in which slot of each earlier
+    step a beam's ancestor stood.
+
+    Attributes:
+        paths: one int64 (B, W) per earlier step: ancestor slot of each current beam.
+        keys: by layer index, one (B, Hkv, W_s, D) per earlier step s.
+        values: likewise.
+    """
+
+    paths: list[Tensor] = field(default_factory=list)
+    keys: dict[int, list[Tensor]] = field(default_factory=dict)
+    values: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def reorder(self, parents: Tensor) -> None:
+        """Follow the surviving beams: ``parents`` int64 (B, W') names each one's old slot."""
+        self.paths = [path.gather(1, parents) for path in self.paths]
+
+    def append_step(self, width: int, batch_size: int, device: torch.device) -> None:
+        """Register the step just run: every beam's own position is in its own slot."""
+        own = torch.arange(width, device=device).expand(batch_size, width)
+        self.paths.append(own)
+
+
+@dataclass(slots=True)
+class _Prefill:
+    context: ContextKV
+
+
+@dataclass(slots=True)
+class _Decode:
+    context: ContextKV
+    beams: BeamKV
+
+
+_mode: ContextVar[_Prefill | _Decode | None] = ContextVar("rectokens_attention_mode", default=None)
+
+
+@contextmanager
+def prefilling(context: ContextKV) -> Iterator[None]:
+    """Model calls inside store their keys and values in ``context``."""
+    token = _mode.set(_Prefill(context))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+@contextmanager
+def decoding(context: ContextKV, beams: BeamKV) -> Iterator[None]:
+    """Model calls inside run one step of the beams over ``context``."""
+    token = _mode.set(_Decode(context, beams))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """The model's attention takes an argument that the shared-context form does not know."""
+
+
+def shared_context_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers attention function. query (B, Hq, S, D), key and value (B, Hkv, S, D).
+
+    Returns:
+        (B, S, Hq, D) and None, as transformers expects.
+
+    Raises:
+        UnsupportedAttentionError: an attention variant the decode path does not implement.
+    """
+    mode = _mode.get()
+    if mode is None:
+        return _causal_attention(module, query, key, value, attention_mask, **kwargs)
+    for name, given in kwargs.items():
+        if given is not None and name not in _UNDERSTOOD and name not in _HARMLESS:
+            raise UnsupportedAttentionError(
+                f"attention argument {name!r} of {type(module).__name__} is not implemented"
+            )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(mode, _Prefill):
+        mode.context.keys[layer] = key
+        mode.context.values[layer] = value
+        return _causal_attention(module, query, key, value, attention_mask, **kwargs)
+    return _decode_attention(mode, layer, query, key, value, **kwargs), None
+
+
+def _causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own attention, and the soft-capped scores that it leaves out."""
+    softcap = kwargs.pop("softcap", None)
+    if softcap is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return output
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2)
+    scores = _soft_cap(scores * _scaling(query, kwargs.get("scaling")), softcap)
+    length, total = scores.shape[-2:]
+    if attention_mask is None:
+        ones = torch.ones(length, total, dtype=torch.bool, device=query.device)
+        attention_mask = ones.tril(total - length)
+    scores = scores.masked_fill(~attention_mask, -torch.inf)
+    weights = scores.float().softmax(-1).to(value.dtype)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+
+
+def _decode_attention(
+    mode: _Decode,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> Tensor:
+    context = mode.context
+    batch_size, query_heads, width, dim = query.shape
+    kv_heads = key.shape[1]
+    group = query_heads // kv_heads
+    query = query * _scaling(query, scaling)
+    grouped = query.reshape(batch_size, kv_heads, group * width, dim)
+
+    # All beams of a request against its one context: (B, Hkv, G * W, T).
+    context_keys, context_values = context.keys[layer], context.values[layer]
+    context_scores = grouped @ context_keys.transpose(-1, -2)
+    steps_before = len(mode.beams.paths)
+    positions = torch.arange(context_keys.shape[2], device=query.device)
+    visible = positions < context.lengths[:, None]
+    if sliding_window is not None:
+        query_position = context.lengths[:, None] + steps_before
+        visible &= positions > query_position - sliding_window
+    # Each beam against its own positions, found along its path: (B, Hkv, W, t + 1, D).
+    own_keys = _along_path(mode.beams, mode.beams.keys.setdefault(layer, []), key, sliding_window)
+    own_values = _along_path(
+        mode.beams, mode.beams.values.setdefault(layer, []), value, sliding_window
+    )
+    per_beam = grouped.reshape(batch_size, kv_heads, group, width, dim)
+    own_scores = torch.einsum("bhgwd,bhwtd->bhgwt", per_beam, own_keys)
+
+    context_scores = _soft_cap(context_scores, softcap)
+    own_scores = _soft_cap(own_scores, softcap)
+    context_scores = context_scores.masked_fill(~visible[:, None, None, :], -torch.inf)
+    own_scores = own_scores.reshape(batch_size, kv_heads, group * width, -1)
+    weights = torch.cat([context_scores, own_scores], dim=-1).float().softmax(-1).to(value.dtype)
+    context_length = context_keys.shape[2]
+    output = weights[..., :context_length] @ context_values
+    own_weights = weights[..., context_length:].reshape(batch_size, kv_heads, group, width, -1)
+    output = output.reshape(batch_size, kv_heads, group, width, dim)
+    output = output + torch.einsum("bhgwt,bhwtd->bhgwd", own_weights, own_values)
+    return output.reshape(batch_size, query_heads, width, dim).transpose(1, 2)
+
+
+def _along_path(
+    beams: BeamKV, earlier: list[Tensor], current: Tensor, sliding_window: int | None
+) -> Tensor:
+    """Own positions of each beam, oldest first, the current one last; stores the current one.
+
+    Returns:
+        (B, Hkv, W, t + 1, D).
+    """
+    steps = []
+    for path, stored in zip(beams.paths, earlier, strict=True):
+        index = path[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
+        steps.append(stored.gather(2, index))
+    earlier.append(current)
+    steps.append(current)
+    if sliding_window is not None:
+        steps = steps[-sliding_window:]
+    return torch.stack(steps, dim=3)
+
+
+def _scaling(query: Tensor, scaling: float | None) -> float:
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
+
+
+def _soft_cap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _shared_context_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Mask function: sdpa's own, but none at all while decoding, which masks by itself."""
+    if isinstance(_mode.get(), _Decode):
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def register() -> None:
+    """Make the attention known to transformers. Repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, shared_context_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _shared_context_mask)

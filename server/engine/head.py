@@ -1,0 +1,83 @@
+"""The LM head, computed only for the codes of one level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rectokens.schemas.item_tokens import ItemTokens
+
+_MAX_VOCAB_LOGITS = 1 << 26  # 256 MB in float32: bound on what the vocabulary normaliser holds
+
+
+@dataclass(frozen=True, slots=True)
+class LevelLogits:
+    """Next-code logits of every beam.
+
+    Attributes:
+        logits: float32 (B, W, K).
+        vocab_log_norm: float32 (B, W), log-sum-exp over the vocabulary; None unless asked for.
+    """
+
+    logits: Tensor
+    vocab_log_norm: Tensor | None
+
+
+class LevelHead:
+    """Logits of a level's K codes from hidden states.
+
+    Args:
+        model: the causal LM; its output embeddings and its configuration's logit transform
+            (soft cap or constant factor) are used.
+        item_tokens: where the item tokens lie.
+
+    Raises:
+        ValueError: a head that is no Linear layer.
+    """
+
+    def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"the model's head is {type(head).__name__}; expected a Linear layer")
+        self._weight, self._bias = head.weight, head.bias
+        self._item_tokens = item_tokens
+        config = model.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._factor = float(getattr(config, "logit_scale", None) or 1.0)
+        self._factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    def __call__(self, hidden: Tensor, level: int, *, with_vocab_norm: bool) -> LevelLogits:
+        """Logits after hidden states (B, W, H) at ``level``."""
+        return LevelLogits(
+            self._logits(hidden, self._item_tokens.level_slice(level)),
+            self._vocab_log_norm(hidden) if with_vocab_norm else None,
+        )
+
+    def _logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        bias = None if self._bias is None else self._bias[rows]
+        logits = F.linear(hidden, self._weight[rows], bias).float() * self._factor
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def _vocab_log_norm(self, hidden: Tensor) -> Tensor:
+        vocab = self._weight.shape[0]
+        flat = hidden.flatten(0, -2)
+        rows = max(_MAX_VOCAB_LOGITS // vocab, 1)
+        parts = [self._logits(part, slice(0, vocab)).logsumexp(-1) for part in flat.split(rows)]
+        return torch.cat(parts).view(hidden.shape[:-1])
+
+
+def level_of_vocab_logits(
+    logits: Tensor, item_tokens: ItemTokens, level: int, *, with_vocab_norm: bool
+) -> LevelLogits:
+    """The same from a model's own logits (B, W, V)."""
+    logits = logits.float()
+    return LevelLogits(
+        logits[..., item_tokens.level_slice(level)],
+        logits.logsumexp(-1) if with_vocab_norm else None,
+    )

@@ -1,0 +1,130 @@
+"""From a model folder to an engine, and the choice of how to run the model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rectokens.schemas.item_tokens import ItemTokens
+from server.engine.engine import Engine
+from server.engine.runners import PerBeamRunner, Prompts, Runner, SharedContextRunner
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 4e-2}
+
+
+def load_engine(
+    model_dir: Path, item_tokens: ItemTokens, *, device: str = "auto", dtype: str = "auto"
+) -> Engine:
+    """Load a Hugging Face model folder and make an engine of it.
+
+    Args:
+        model_dir: a folder with ``config.json`` and safetensors weights.
+        item_tokens: where the item tokens lie in its vocabulary.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` (float32 on a CPU, as saved on CUDA), ``float32``, ``bfloat16`` or
+            ``float16``.
+
+    Raises:
+        ValueError: a folder that holds no causal LM, or one the item tokens do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import rectokens.integrations.hf  # noqa: F401  registers ItemAwareCausalLM
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{model_dir} holds no causal LM that can be loaded: {error}") from error
+    return build_engine(model.to(device), item_tokens)
+
+
+def build_engine(model: Any, item_tokens: ItemTokens) -> Engine:
+    """An engine around a model that is loaded and on its device.
+
+    Raises:
+        ValueError: the vocabulary ends before the item tokens do.
+    """
+    model = _unwrap(model).eval()
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    last = max(item_tokens.end - 1, item_tokens.start_token_id, item_tokens.end_token_id or 0)
+    if last >= vocab_size:
+        raise ValueError(
+            f"item token ids reach {last}; the model's vocabulary has {vocab_size} entries"
+        )
+    return Engine(model, item_tokens, choose_runner(model, item_tokens))
+
+
+def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
+    """The shared-context runner where it gives the model's own logits, else one cache a beam.
+
+    Laying beams side by side is wrong for layers that mix neighbouring positions by other means
+    than attention, and attention variants keep appearing, so the choice is made by trying: two
+    short prompts and three beams through both runners.
+    """
+    per_beam = PerBeamRunner(model, item_tokens)
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if not layer_types <= _ATTENTION_LAYERS:
+        names = ", ".join(sorted(layer_types - _ATTENTION_LAYERS))
+        logger.info("the model has %s layers: every beam gets a cache of its own", names)
+        return per_beam
+    plain_attention = model.config._attn_implementation
+    with torch.inference_mode():
+        expected = _probe(per_beam, item_tokens, model)
+        try:
+            shared = SharedContextRunner(model, item_tokens)
+            found = _probe(shared, item_tokens, model)
+        except Exception as why:  # any failure of the fast way means the slow one is taken
+            difference, reason = float("inf"), str(why)
+        else:
+            scale = float(expected.abs().max().clamp(min=1.0))
+            difference = float((expected - found).abs().max()) / scale
+            reason = f"its logits differ by {difference:.2g} of their range"
+    if difference <= _TOLERANCE[model.dtype]:
+        return shared
+    logger.warning("prompts are not shared between beams for this model: %s", reason)
+    model.set_attn_implementation(plain_attention)
+    return per_beam
+
+
+def _probe(runner: Runner, item_tokens: ItemTokens, model: Any) -> torch.Tensor:
+    """Logits of levels 0 and 1 for fixed prompts of unequal length and three beams."""
+    vocab = int(model.get_input_embeddings().weight.shape[0])
+    prompts: Prompts = [
+        [(7 * i + 3) % vocab for i in range(5)],
+        [(11 * i + 1) % vocab for i in range(8)],
+    ]
+    device = model.device
+    session = runner.session()
+    logits = [session.prefill(prompts, with_vocab_norm=True)]
+    if item_tokens.num_levels > 1:
+        codes = torch.arange(6, device=device).view(2, 3) % item_tokens.codebook_size
+        parents = torch.zeros(2, 3, dtype=torch.long, device=device)
+        logits.append(session.advance(parents, codes, 1, with_vocab_norm=True))
+    if item_tokens.num_levels > 2:
+        parents = torch.tensor([[2, 0, 1], [1, 1, 0]], device=device)
+        logits.append(session.advance(parents, codes.flip(1), 2, with_vocab_norm=True))
+    parts = []
+    for level in logits:
+        assert level.vocab_log_norm is not None
+        parts += [level.logits.flatten(), level.vocab_log_norm.flatten()]
+    return torch.cat(parts)
+
+
+def _unwrap(model: Any) -> Any:
+    """The language model inside an ``ItemAwareCausalLM``; any other model as it is."""
+    return model.model if model.config.model_type == "item_aware_causal_lm" else model

@@ -1,0 +1,49 @@
+"""What the engine answers; the only engine module that the rest of the service reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rectokens.schemas.catalog_trie import CatalogTrie
+from rectokens.schemas.search import SearchRequest, SearchResult
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFault:
+    """One request failed inside a batch whose other requests are fine.
+
+    Attributes:
+        message: what went wrong, for the log; never shown to a caller.
+    """
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """Answers in the order of the requests, and where the time went.
+
+    Attributes:
+        results: one per request.
+        prefill_s: seconds spent on the prompts of the whole batch.
+        decode_s: seconds spent on all its beam steps and on reading the result back.
+    """
+
+    results: tuple[SearchResult | EngineFault, ...]
+    prefill_s: float
+    decode_s: float
+
+
+class SearchEngine(Protocol):
+    """A loaded model that searches a catalog. Used by one thread at a time."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt it takes; the generated positions are already set aside."""
+        ...
+
+    def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
+        """Answer a batch. All requests share ``trie``; they may differ in everything else."""
+        ...

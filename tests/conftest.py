@@ -1,0 +1,65 @@
+"""What all tests share: one torch thread, and tiny language models made from configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _config(kind: str, vocab_size: int) -> Any:
+    from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+
+    if kind == "qwen3":
+        return Qwen3Config(**_COMMON, vocab_size=vocab_size, tie_word_embeddings=True)
+    if kind == "llama":
+        return LlamaConfig(**_COMMON, vocab_size=vocab_size, tie_word_embeddings=False)
+    if kind == "mistral-sliding":
+        return MistralConfig(**_COMMON, vocab_size=vocab_size, sliding_window=6)
+    if kind == "gemma2":
+        return Gemma2Config(
+            **_COMMON,
+            vocab_size=vocab_size,
+            sliding_window=6,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=4.0,
+            query_pre_attn_scalar=8,
+        )
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _build(kind: str, vocab_size: int = 64, seed: int = 0) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(_config(kind, vocab_size))
+        # HF's initialisation makes near-uniform logits; wider weights make beams differ.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, 0.25)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> Callable[..., Any]:
+    """``tiny_lm(kind, vocab_size=64, seed=0)``: a random causal LM in float32, in eval mode."""
+    return _build
