@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine: `make serve` and `make test`.
+#
+# On a machine with a GPU, install your own torch into the environment and say `CONSTRAINTS=`:
+# the constraints file pins the versions tried together without one.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints-cpu.txt
+DEMO ?= .demo
+DATA ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# More threads than free cores make torch many times slower; the tests need only one.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help serve demo test check format bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-server: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[server]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[server,triton,dev]'
+	@touch $@ $(VENV)/.installed-server
+
+serve: $(VENV)/.installed-server ## build the demo once and serve it on 127.0.0.1:8000
+	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --serve
+
+demo: $(VENV)/.installed-server ## build the demo, measure it through HTTP, stop
+	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --evaluate
+
+test: $(VENV)/.installed-dev ## the whole suite
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-server ## the engine against HF generate, on this machine's CPU
+	$(BIN)/python -m examples.scripts.benchmark.benchmark_recommend_cpu --demo $(DEMO)
+
+docs: $(VENV)/.installed-server ## rewrite the pages that are generated from the program
+	$(BIN)/python -m server settings-doc > docs/settings.md
+
+clean: ## remove what the targets above made, the environment too
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
