@@ -21,9 +21,9 @@ class GenerationConfig(NamedTuple):
         csr_kernel: how a ``SparseLinear`` output layer proposes below the dense layers; without
             such a layer it has no meaning. "default": masked logits, proposals as
             ``temperature`` says. "topk": the fused top-k, always the best successors. "sample":
-            the fused draw, as ``temperature`` says. All three report the same score.
-            "topk" and "sample" see what the layer computes: for a model that transforms
-            logits after its output layer (soft-capping, scaling) use "default".
+            the fused draw, as ``temperature`` says. All three report the same score. For a
+            model that transforms logits after its output layer (soft-capping, scaling) the
+            last two propose by masked logits, as "default" does.
     """
 
     steps: int
