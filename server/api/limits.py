@@ -1,0 +1,117 @@
+"""A wire request against the settings: limits checked, defaults filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rectokens.prompts.parts import TextPart
+from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, TextInput
+from server.errors import ServiceError, invalid
+from server.recommender import ItemRef, RecommendQuery
+from server.settings import LimitSettings, Settings
+
+Number = TypeVar("Number", int, float)
+
+
+def to_query(body: RecommendRequest, settings: Settings, arrival_s: float) -> RecommendQuery:
+    """The query a request asks for.
+
+    Args:
+        body: the request; its shape is already checked.
+        settings: limits and defaults.
+        arrival_s: monotonic time at which it arrived.
+
+    Raises:
+        ServiceError: a value over a limit; names the value and the limit.
+    """
+    limits, defaults = settings.limits, settings.defaults
+    param = "history" if body.input is None else "input"
+    parts = _parts(body, param, limits)
+
+    top_k = _bounded("top_k", body.top_k, defaults.top_k, limits.max_top_k)
+    beam_width = _bounded(
+        "beam_width", body.beam_width, max(defaults.beam_width, top_k), limits.max_beam_width
+    )
+    if top_k > beam_width:
+        raise invalid("top_k", f"top_k is {top_k}; at most beam_width, {beam_width}")
+    temperature = _bounded(
+        "temperature", body.temperature, defaults.temperature, limits.max_temperature
+    )
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise invalid(
+            "temperature",
+            f"temperature is {temperature}; allowed are 0 and {MIN_TEMPERATURE} to "
+            f"{limits.max_temperature}",
+        )
+    timeout_ms = _bounded("timeout_ms", body.timeout_ms, defaults.timeout_ms, limits.max_timeout_ms)
+    _check_count("exclude_items", body.exclude_items, limits.max_exclude_items)
+    _check_ids("exclude_items", body.exclude_items, limits.max_item_id_chars)
+    exclude_history = body.exclude_history
+    return RecommendQuery(
+        parts=parts,
+        parts_param=param,
+        top_k=top_k,
+        beam_width=beam_width,
+        temperature=temperature,
+        seed=body.seed,
+        exclude_history=defaults.exclude_history if exclude_history is None else exclude_history,
+        exclude_items=tuple(body.exclude_items),
+        constraint_sets=_constraint_sets(body.constraint_set, limits),
+        normalization=body.normalization or defaults.normalization,
+        with_metadata="metadata" in body.include,
+        with_level_scores="level_scores" in body.include,
+        deadline_s=arrival_s + timeout_ms / 1000,
+    )
+
+
+def _parts(
+    body: RecommendRequest, param: str, limits: LimitSettings
+) -> tuple[ItemRef | TextPart, ...]:
+    if body.input is None:
+        history = body.history or []
+        _check_count(param, history, limits.max_history_items)
+        _check_ids(param, history, limits.max_item_id_chars)
+        return tuple(ItemRef(item_id) for item_id in history)
+    _check_count(param, body.input, limits.max_history_items)
+    items = [part.item for part in body.input if isinstance(part, ItemInput)]
+    _check_ids(param, items, limits.max_item_id_chars)
+    chars = sum(len(part.text) for part in body.input if isinstance(part, TextInput))
+    if chars > limits.max_text_chars:
+        raise _over(param, f"{param} has {chars} characters of text", limits.max_text_chars)
+    return tuple(
+        ItemRef(part.item) if isinstance(part, ItemInput) else TextPart(part.text)
+        for part in body.input
+    )
+
+
+def _constraint_sets(names: str | list[str] | None, limits: LimitSettings) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    names = [names] if isinstance(names, str) else names
+    _check_count("constraint_set", names, limits.max_constraint_sets)
+    # Sorted without repeats, so that the catalog's cache of intersections hits.
+    return tuple(sorted(set(names)))
+
+
+def _bounded(name: str, value: Number | None, default: Number, limit: Number) -> Number:
+    if value is None:
+        return default
+    if value > limit:
+        raise _over(name, f"{name} is {value}", limit)
+    return value
+
+
+def _check_count(name: str, values: Sequence[object], limit: int) -> None:
+    if len(values) > limit:
+        raise _over(name, f"{name} has {len(values)} entries", limit)
+
+
+def _check_ids(name: str, ids: Sequence[str], limit: int) -> None:
+    longest = max((len(item_id) for item_id in ids), default=0)
+    if longest > limit:
+        raise _over(name, f"{name} has an item id of {longest} characters", limit)
+
+
+def _over(param: str, found: str, limit: float) -> ServiceError:
+    return invalid(param, f"{found}; at most {limit}")

@@ -1,0 +1,133 @@
+"""What happens around every request: its id, its log line, its size and its unexpected end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.responses import error_response
+from server.errors import INTERNAL_MESSAGE, ErrorKind
+from server.metrics import Metrics
+
+_log = structlog.get_logger(__name__)
+
+REQUEST_ID_HEADER = "X-Request-ID"
+# Printable and harmless in a log or a header; anything else is replaced, not refused.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestContextMiddleware:
+    """Gives each request an id, logs and counts it, and turns what nobody caught into a 500.
+
+    A valid ``X-Request-ID`` is kept; the answer carries the id either way.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        started = time.monotonic()
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                _log.exception("unexpected error")
+                self._metrics.rejected(ErrorKind.INTERNAL)
+                if status is None:
+                    response = error_response(ErrorKind.INTERNAL, INTERNAL_MESSAGE)
+                    await response(scope, receive, send_with_id)
+            finally:
+                seconds = time.monotonic() - started
+                route = _route_template(scope)
+                # No status: the task was cancelled, because the server ended.
+                self._metrics.request_finished(route, status or 499, seconds)
+                _log.debug(
+                    "request", route=route, status=status, duration_ms=round(seconds * 1000, 2)
+                )
+
+
+class BodyLimitMiddleware:
+    """Bounds the size of a body and the time it takes to arrive, while it streams in.
+
+    Args:
+        max_bytes: a body over it is refused as soon as that is known, at best from its header.
+        timeout_s: seconds from the first read to the last byte.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            self._metrics.rejected(ErrorKind.BODY_TOO_LARGE)
+            response = error_response(
+                ErrorKind.BODY_TOO_LARGE, self._too_large(f"has {int(declared)} bytes")
+            )
+            await response(scope, receive, send)
+            return
+
+        received = 0
+        complete = False
+        deadline: float | None = None
+        loop = asyncio.get_running_loop()
+
+        async def receive_bounded() -> Message:
+            nonlocal received, complete, deadline
+            if complete:
+                return await receive()
+            deadline = loop.time() + self._timeout_s if deadline is None else deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408, f"body did not arrive within {self._timeout_s:g} seconds"
+                ) from None
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if received > self._max_bytes:
+                    raise HTTPException(413, self._too_large(f"has over {received - 1} bytes"))
+            return message
+
+        await self._app(scope, receive_bounded, send)
+
+    def _too_large(self, found: str) -> str:
+        return f"body {found}; at most {self._max_bytes}"
+
+
+def _route_template(scope: Scope) -> str:
+    """Path of the route as declared, so that metrics have few labels whatever clients ask for."""
+    path = getattr(scope.get("route"), "path", None)
+    return path if isinstance(path, str) else "other"

@@ -1,0 +1,145 @@
+"""The command line: ``python -m server serve | demo | settings-doc``.
+
+Commands import what they need when they run, so that ``--help`` and a refused setting are quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from server.flags import with_setting_flags
+from server.settings import Settings, SettingsError, load_settings
+
+USAGE_ERROR = 2
+
+app = typer.Typer(
+    name="server",
+    help="Recommendations over HTTP from a language model and a catalog.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Plain help: boxes leave too little room for names as long as these.
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+@with_setting_flags
+def serve(flags: dict[str, Any]) -> None:
+    """Serve a model and a catalog: --model DIR --catalog DIR, or --release DIR.
+
+    Every flag is an environment variable too: --limits.max-top-k is
+    RECTOKENS_LIMITS__MAX_TOP_K. All of them: docs/settings.md.
+
+    Exit code: 0 after SIGTERM or SIGINT, 1 if the model or the catalog cannot be served or the
+    address cannot be listened on, 2 for a setting that is unknown or not allowed.
+    """
+    settings = settings_or_exit(flags)
+    if settings.release is None and (settings.model is None or settings.catalog is None):
+        fail("nothing to serve; give --model and --catalog, or --release", USAGE_ERROR)
+    serve_until_signal(settings)
+
+
+@app.command()
+@with_setting_flags
+def demo(
+    flags: dict[str, Any],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with Amazon data; generated data if left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Artifact store the demo is built in.")] = Path(".demo"),
+    seed: Annotated[int, typer.Option(help="Of the data, the model and the training.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Of training, instead of the default.")] = None,
+    train_seconds: Annotated[
+        float | None, typer.Option(help="Time limit of training, in seconds.")
+    ] = None,
+    evaluate: Annotated[
+        bool,
+        typer.Option(help="Measure Recall@10 and NDCG@10 on held-out items, through HTTP."),
+    ] = False,
+    evaluate_users: Annotated[
+        int | None, typer.Option(help="Measure on a sample of so many users.")
+    ] = None,
+    serve: Annotated[
+        bool | None,
+        typer.Option("--serve/--no-serve", help="Serve the result; unless --evaluate is given."),
+    ] = None,
+) -> None:
+    """Build a demo once, from generated data or from --data DIR, and serve it.
+
+    A demo that was built before is found again. With --evaluate it is measured beside
+    popularity, and served only with --serve.
+    """
+    settings = settings_or_exit(flags)
+    if settings.release or settings.model or settings.catalog:
+        fail("demo serves what it builds; leave out --release, --model, --catalog", USAGE_ERROR)
+
+    from server.demo.command import curl_example, run_demo
+    from server.demo.evaluate import EvaluationError
+    from server.demo.running import ServerStartError
+
+    try:
+        result = run_demo(
+            data,
+            out,
+            seed=seed,
+            epochs=epochs,
+            train_seconds=train_seconds,
+            evaluate=evaluate,
+            evaluate_users=evaluate_users,
+        )
+    except (ValueError, OSError, ServerStartError, EvaluationError) as error:
+        fail(str(error), 1)
+    if serve or (serve is None and not evaluate):
+        serve_until_signal(
+            settings.model_copy(update={"release": result.release}),
+            lambda base_url: print(
+                f"\nready; try:\n\n  {curl_example(result.data, base_url)}\n", flush=True
+            ),
+        )
+
+
+@app.command("settings-doc")
+def settings_doc() -> None:
+    """Print docs/settings.md."""
+    from server.settings_doc import settings_markdown
+
+    sys.stdout.write(settings_markdown())
+
+
+def serve_until_signal(
+    settings: Settings, on_ready: Callable[[str], None] = lambda base_url: None
+) -> NoReturn:
+    """Serve what the settings name, then end with the service's exit code."""
+    from server.release import load_release
+    from server.run import ListenError, run_service
+
+    try:
+        code = run_service(settings, lambda: load_release(settings), on_ready)
+    except ListenError as error:
+        fail(str(error), 1)
+    raise typer.Exit(code)
+
+
+def settings_or_exit(flags: dict[str, Any]) -> Settings:
+    """The settings, or one message and exit code 2."""
+    try:
+        return load_settings(flags)
+    except SettingsError as error:
+        fail(str(error), USAGE_ERROR)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one message on stderr."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,98 @@
+"""Every setting as a command line flag: typer options made from the settings themselves."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from server.settings import SettingField, setting_fields
+
+
+def with_setting_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a typer command a flag for every setting.
+
+    Args:
+        command: takes the keyword ``flags``: dotted setting name to what was typed (a string,
+            or a bool for a switch), None for flags that were not given. Its other parameters
+            stay options of their own.
+
+    Values are left as typed, so that one place, ``load_settings``, checks and explains them.
+    """
+    names = {field.path.replace(".", "__"): field for field in setting_fields()}
+
+    @functools.wraps(command)
+    def with_flags(**options: Any) -> Any:
+        flags = {field.path: options.pop(name) for name, field in names.items()}
+        return command(flags=flags, **options)
+
+    own = [
+        parameter.replace(annotation=_resolved(command)[parameter.name])
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.name != "flags"
+    ]
+    generated = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(field)
+        )
+        for name, field in names.items()
+    ]
+    with_flags.__signature__ = inspect.Signature([*own, *generated])  # type: ignore[attr-defined]
+    # typer reads both the signature and the annotations.
+    with_flags.__annotations__ = {p.name: p.annotation for p in (*own, *generated)}
+    return with_flags
+
+
+def shown_default(field: SettingField) -> str:
+    """The default as a user would type it."""
+    default = field.default
+    if default is None or default == ():
+        return "unset"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(default)
+
+
+def allowed_values(field: SettingField) -> tuple[str, ...]:
+    """The choices of a setting that has them, else nothing."""
+    return tuple(str(v) for v in get_args(field.info.annotation) if isinstance(v, str))
+
+
+def _annotation(field: SettingField) -> Any:
+    switch = field.info.annotation is bool
+    flag = f"{field.flag}/{_negated(field.flag)}" if switch else field.flag
+    option = typer.Option(
+        flag,
+        help=_help(field),
+        show_default=False,
+        metavar=None if switch else _metavar(field),
+    )
+    return Annotated[bool | None if switch else str | None, option]
+
+
+def _negated(flag: str) -> str:
+    """``--group.no-name`` of ``--group.name``."""
+    group, _, name = flag.removeprefix("--").rpartition(".")
+    return f"--{group}.no-{name}" if group else f"--no-{name}"
+
+
+def _metavar(field: SettingField) -> str:
+    types = {field.info.annotation, *get_args(field.info.annotation)}
+    for kind, metavar in ((Path, "DIR"), (int, "INT"), (float, "NUM")):
+        if kind in types:
+            return metavar
+    return "TEXT"
+
+
+def _help(field: SettingField) -> str:
+    choices = allowed_values(field)
+    one_of = f" One of {', '.join(choices)}." if choices else ""
+    return f"{field.help}{one_of} [default: {shown_default(field)}]"
+
+
+def _resolved(command: Callable[..., Any]) -> dict[str, Any]:
+    return inspect.get_annotations(command, eval_str=True)

@@ -1,0 +1,260 @@
+"""From a query in item ids to a catalog search and back to item ids.
+
+The bridge between HTTP, which knows no tensors, and the engine, which knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rectokens.catalog.catalog import Catalog
+from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, TextPart
+from rectokens.schemas.search import Normalization, SearchRequest, SearchResult
+from server.batching.batcher import Batcher
+from server.batching.interfaces import Answer
+from server.errors import ErrorKind, ServiceError, invalid
+from server.release import Release
+
+T = TypeVar("T")
+
+# A query with at most this much in it is prepared on the event loop: that takes less time than
+# handing it to a thread and waiting for the interpreter's lock twice.
+_QUICK_IDS = 64
+_QUICK_CHARS = 2_000
+# Seeds the server draws stay exact in a client's float64.
+_DRAWN_SEED_BITS = 53
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRef:
+    """An item of a history, by the caller's id."""
+
+    item_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendQuery:
+    """What a caller wants, defaults filled in and limits checked.
+
+    Attributes:
+        parts: the history, oldest first; empty for the model's start prompt.
+        parts_param: name of the request field it came from, for error messages.
+        top_k: items wanted, at most ``beam_width``.
+        beam_width: W.
+        temperature: 0 is beam search.
+        seed: of the sample; None lets the server draw one.
+        exclude_history: keep the known items of ``parts`` out of the answer.
+        exclude_items: item ids to keep out.
+        constraint_sets: names; only items in all of them are returned. Empty for no constraint.
+        normalization: see ``SearchRequest``.
+        with_metadata: tell each item's metadata.
+        with_level_scores: tell each item's score by level.
+        deadline_s: monotonic time after which the answer is not wanted.
+    """
+
+    parts: tuple[ItemRef | TextPart, ...]
+    parts_param: str
+    top_k: int
+    beam_width: int
+    temperature: float
+    seed: int | None
+    exclude_history: bool
+    exclude_items: tuple[str, ...]
+    constraint_sets: tuple[str, ...]
+    normalization: Normalization
+    with_metadata: bool
+    with_level_scores: bool
+    deadline_s: float
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether turning it into a prompt takes well under a millisecond."""
+        return (
+            # The first use of an intersection counts through the whole catalog.
+            len(self.constraint_sets) == 0
+            and len(self.parts) + len(self.exclude_items) <= _QUICK_IDS
+            and sum(len(p.text) for p in self.parts if isinstance(p, TextPart)) <= _QUICK_CHARS
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSearch:
+    """A query ready for the engine, and what the answer must tell about it."""
+
+    search: SearchRequest
+    prompt: BuiltPrompt
+    unknown_items: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One recommended item; see ``SearchHit`` for the figures."""
+
+    item_id: str
+    score: float
+    semantic_id: tuple[int, ...]
+    level_scores: tuple[float, ...]
+    metadata: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The answer to a query, and where its time went."""
+
+    release: Release
+    items: tuple[Item, ...]
+    prepared: PreparedSearch
+    answer: Answer
+
+
+class Recommender:
+    """Answers queries through a batcher.
+
+    Args:
+        batcher: where searches queue.
+        prepare_threads: threads for queries and answers that take long to turn into a prompt or
+            out of item indices, so that the event loop stays free.
+    """
+
+    def __init__(self, batcher: Batcher, prepare_threads: int) -> None:
+        self._batcher = batcher
+        self._pool = ThreadPoolExecutor(prepare_threads, thread_name_prefix="prepare")
+
+    async def recommend(self, query: RecommendQuery, release: Release) -> Recommendation:
+        """Answer a query from one release.
+
+        The place in the queue is taken before any work is done, so an overloaded service
+        refuses in microseconds.
+
+        Raises:
+            ServiceError: a value the release does not take, or no answer from the batcher.
+        """
+        with self._batcher.admit(query.beam_width, query.deadline_s) as place:
+            prepared = await self._call(query.is_quick, prepare, query, release)
+            answer = await self._batcher.run(place, release, prepared.search)
+        # Metadata is looked up row by row.
+        quick = not query.with_metadata or len(answer.result.hits) <= _QUICK_IDS
+        items = await self._call(quick, present, answer.result, query, release.catalog)
+        return Recommendation(release, items, prepared, answer)
+
+    async def _call(self, quick: bool, function: Callable[..., T], *args: Any) -> T:
+        """The function's result, on the event loop only if that is quick."""
+        if quick:
+            return function(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def close(self) -> None:
+        """Let go of the threads; queries not begun are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
+    """Item ids to codes, codes to a prompt, filters to item indices.
+
+    Raises:
+        ServiceError: no item of the history is known and there is no text, an unknown
+            constraint set, text for a model that takes none, or a prompt that is too long.
+    """
+    catalog = release.catalog
+    ids = [part.item_id for part in query.parts if isinstance(part, ItemRef)]
+    history = catalog.index_of(ids)
+    parts, unknown = _known_parts(query, history, catalog)
+    prompt = _build_prompt(query, parts, release)
+    known = history[history >= 0]
+    excluded = [known] if query.exclude_history else []
+    if query.exclude_items:
+        indices = catalog.index_of(query.exclude_items)
+        excluded.append(indices[indices >= 0])
+    search = SearchRequest(
+        prompt=prompt.token_ids,
+        beam_width=query.beam_width,
+        top_k=query.top_k,
+        temperature=query.temperature,
+        seed=secrets.randbits(_DRAWN_SEED_BITS) if query.seed is None else query.seed,
+        normalization=query.normalization,
+        excluded_items=_sorted_unique(excluded),
+        allowed_prefix=_allowed_prefix(query.constraint_sets, catalog),
+    )
+    return PreparedSearch(search, prompt, unknown)
+
+
+def present(result: SearchResult, query: RecommendQuery, catalog: Catalog) -> tuple[Item, ...]:
+    """Search hits as items of the catalog, in the order of the hits."""
+    item_ids = catalog.ids_of([hit.item_index for hit in result.hits])
+    return tuple(
+        Item(
+            item_id=item_id,
+            score=hit.score,
+            semantic_id=hit.semantic_id,
+            level_scores=hit.level_scores,
+            metadata=catalog.metadata_of(hit.item_index) if query.with_metadata else None,
+        )
+        for hit, item_id in zip(result.hits, item_ids, strict=True)
+    )
+
+
+def _known_parts(
+    query: RecommendQuery, history: Tensor, catalog: Catalog
+) -> tuple[list[Part], tuple[str, ...]]:
+    """Parts for the prompt builder without the unknown items, and those, each once."""
+    codes = iter(catalog.codes_of(history[history >= 0]).tolist())
+    found = iter((history >= 0).tolist())
+    parts: list[Part] = []
+    unknown: dict[str, None] = {}
+    for part in query.parts:
+        if isinstance(part, TextPart):
+            parts.append(part)
+        elif next(found):
+            parts.append(ItemPart(tuple(next(codes))))
+        else:
+            unknown[part.item_id] = None
+    if unknown and not parts:
+        raise ServiceError(
+            ErrorKind.NO_KNOWN_ITEMS,
+            f"none of the {len(unknown)} items is in catalog {catalog.version}, "
+            f"first of them {next(iter(unknown))!r}; give at least one that is, or text",
+            param=query.parts_param,
+        )
+    return parts, tuple(unknown)
+
+
+def _build_prompt(query: RecommendQuery, parts: Sequence[Part], release: Release) -> BuiltPrompt:
+    try:
+        prompt = release.prompts.build(parts)
+    except ValueError as error:
+        raise invalid(query.parts_param, str(error)) from error
+    limit = release.engine.max_prompt_tokens
+    if len(prompt.token_ids) > limit:
+        raise ServiceError(
+            ErrorKind.PROMPT_TOO_LONG,
+            f"the prompt has {len(prompt.token_ids)} tokens; the model takes at most {limit}",
+            param=query.parts_param,
+        )
+    return prompt
+
+
+def _allowed_prefix(names: Sequence[str], catalog: Catalog) -> Tensor | None:
+    unknown = [name for name in names if name not in catalog.constraint_sets]
+    if unknown:
+        known = ", ".join(sorted(catalog.constraint_sets)) or "none"
+        raise invalid(
+            "constraint_set",
+            f"constraint_set {unknown[0]!r} is not in catalog {catalog.version}; known: {known}",
+        )
+    return catalog.allowed_prefix(names)
+
+
+def _sorted_unique(indices: Sequence[Tensor]) -> Tensor | None:
+    """One sorted tensor without repeats, None where there is nothing."""
+    if not indices:
+        return None
+    merged = torch.cat(list(indices)).unique(sorted=True)
+    return merged if merged.numel() else None

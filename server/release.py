@@ -1,0 +1,167 @@
+"""What is served: a model and a catalog that belong together, loaded and tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import torch
+
+from rectokens.artifacts.binding import check_binding
+from rectokens.artifacts.catalog import load_catalog_manifest
+from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.model import ModelArtifact, RetrievalSpec, load_model_manifest
+from rectokens.artifacts.release import load_release as load_release_manifest
+from rectokens.catalog.artifact import load_catalog
+from rectokens.catalog.catalog import Catalog
+from rectokens.prompts.builder import PromptBuilder
+from rectokens.prompts.registry import prompt_builder
+from rectokens.schemas.catalog_trie import CatalogTrie
+from rectokens.schemas.search import SearchRequest
+from server.engine.types import EngineFault, SearchEngine
+
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
+    from server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+_WARM_UP_BEAM_WIDTH = 8
+
+
+class ReleaseError(ValueError):
+    """A release that cannot be served; the message is all an operator needs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """One model with one catalog. Requests hold on to the release they were admitted under.
+
+    Attributes:
+        model_name: what callers know it by.
+        model_version: of the model artifact.
+        created_s: when the model artifact was written, in Unix seconds.
+        spec: how the model speaks of items.
+        catalog: items and their semantic IDs, on the CPU.
+        trie: the catalog's trie, on the engine's device.
+        prompts: turns a history into a prompt, as in training.
+        engine: the model; used by the engine thread only.
+    """
+
+    model_name: str
+    model_version: str
+    created_s: int
+    spec: RetrievalSpec
+    catalog: Catalog
+    trie: CatalogTrie
+    prompts: PromptBuilder
+    engine: SearchEngine
+
+
+ReleaseLoader = Callable[[], Release]
+
+
+def load_release(settings: Settings) -> Release:
+    """Load what the settings name, check that it belongs together, and try it.
+
+    Cheap checks come first: a mismatch is found before the weights are read.
+
+    Raises:
+        ReleaseError: nothing or too much is named, an artifact is missing or damaged, model and
+            catalog do not belong together, the recipe is unknown, or the model cannot search.
+    """
+    model_path, catalog_path = _paths(settings)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ReleaseError("--device is cuda, but torch finds no GPU; use auto or cpu")
+    try:
+        return _load(settings, model_path, catalog_path)
+    except ReleaseError:
+        raise
+    except (ValueError, OSError) as error:
+        # ArtifactError and the loaders' own errors name the file and the values.
+        raise ReleaseError(str(error)) from error
+
+
+def _paths(settings: Settings) -> tuple[Path, Path]:
+    if settings.release is not None:
+        if settings.model is not None or settings.catalog is not None:
+            raise ReleaseError(
+                "--release names the model and the catalog; do not give --model or --catalog too"
+            )
+        try:
+            release = load_release_manifest(settings.release)
+        except (ArtifactError, OSError) as error:
+            raise ReleaseError(str(error)) from error
+        return release.model_path, release.catalog_path
+    if settings.model is None or settings.catalog is None:
+        raise ReleaseError("nothing to serve; give --model and --catalog, or --release")
+    return settings.model, settings.catalog
+
+
+def _load(settings: Settings, model_path: Path, catalog_path: Path) -> Release:
+    model = load_model_manifest(model_path)
+    config = load_catalog_manifest(catalog_path, verify_checksums=False).config
+    check_binding(model, config, allow_other_tokenizer=settings.allow_mismatch)
+    if model.spec.tokenizer_fingerprint != config.tokenizer_fingerprint:
+        _log.warning("serving a catalog of another tokenizer, as allow_mismatch says")
+    catalog = load_catalog(catalog_path)
+    engine, prompts = _load_model(settings, model)
+    release = Release(
+        model_name=settings.model_name,
+        model_version=model.manifest.version,
+        created_s=int(datetime.fromisoformat(model.manifest.created).timestamp()),
+        spec=model.spec,
+        catalog=catalog,
+        trie=catalog.trie.to(engine.device),
+        prompts=prompts,
+        engine=engine,
+    )
+    warm_up(release)
+    return release
+
+
+def _load_model(settings: Settings, model: ModelArtifact) -> tuple[Engine, PromptBuilder]:
+    """The model on its device, and the prompt builder that its recipe names."""
+    # Here, because transformers takes seconds that a refused release should not cost.
+    from transformers.utils import logging as transformers_logging
+
+    from server.engine.loading import load_engine
+
+    # Its bars would stand between the log's JSON lines.
+    transformers_logging.disable_progress_bar()
+    if settings.cpu_threads is not None:
+        torch.set_num_threads(settings.cpu_threads)
+    prompts = prompt_builder(model.spec.prompt, model.spec.item_tokens, _text_tokenizer(model))
+    engine = load_engine(
+        model.path, model.spec.item_tokens, device=settings.device, dtype=settings.dtype
+    )
+    return engine, prompts
+
+
+def warm_up(release: Release) -> None:
+    """Answer the start prompt once, so that a model that cannot search never becomes ready.
+
+    Raises:
+        ReleaseError: the search failed.
+    """
+    request = SearchRequest(
+        prompt=release.prompts.build(()).token_ids,
+        beam_width=_WARM_UP_BEAM_WIDTH,
+        top_k=1,
+    )
+    (result,) = release.engine.search([request], release.trie).results
+    if isinstance(result, EngineFault):
+        raise ReleaseError(f"the model cannot search the catalog: {result.message}")
+
+
+def _text_tokenizer(model: ModelArtifact) -> Any:
+    """The model's text tokenizer, None where its folder holds none."""
+    if "tokenizer.json" not in model.manifest.files:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model.path, local_files_only=True)

@@ -1,0 +1,167 @@
+"""Running the service in a process: socket, signals, graceful end, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from server.app import create_app
+from server.logs import configure_logging
+from server.release import ReleaseError, ReleaseLoader
+from server.service import Service
+from server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+# After the drain only connections that send or read nothing are left.
+_CLOSE_CONNECTIONS_S = 3
+_BACKLOG = 2_048
+
+
+class ListenError(OSError):
+    """The address cannot be listened on; the message names it."""
+
+
+def run_service(
+    settings: Settings,
+    load_release: ReleaseLoader,
+    on_ready: Callable[[str], None] = lambda base_url: None,
+) -> int:
+    """Serve until a signal; listens at once, ready when the release is loaded.
+
+    SIGTERM or SIGINT: not ready from that moment, running requests get
+    ``settings.drain_timeout_s`` to finish. A second signal ends the process at once.
+
+    Args:
+        settings: of the service.
+        load_release: loads what is served.
+        on_ready: called with the base URL once requests are answered.
+
+    Returns:
+        Exit code: 0 after a signal, 1 if the release could not be loaded (said on stderr).
+
+    Raises:
+        ListenError: the address is taken or not ours.
+    """
+    configure_logging(settings.log_level)
+    listener = listen(settings.host, settings.port)
+    app = create_app(settings, load_release)
+    service: Service = app.state.service
+    server = _GracefulServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=settings.http.keep_alive_s,
+            timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
+            # The app has no websockets.
+            ws="none",
+        ),
+        service,
+    )
+    service.on_load_failed = server.end
+    host, port = listener.getsockname()[:2]
+    service.on_ready = lambda: on_ready(_base_url(host, port))
+    _log.info("listening", host=host, port=port)
+    server.run(sockets=[listener])
+    code = 0
+    if service.load_error is not None:
+        _report(service.load_error)
+        code = 1
+    _log.info("stopped", exit_code=code)
+    if service.busy_threads:
+        # A thread inside native code cannot be stopped, and tearing the interpreter down under
+        # it may crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _base_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; port 0 takes a free one.
+
+    Raises:
+        ListenError: the address is taken or not ours.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+class _GracefulServer(uvicorn.Server):
+    """uvicorn, but draining first: it keeps answering (``/ready`` says 503) until idle."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    def end(self) -> None:
+        """End without draining."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal, end at the second.
+
+        uvicorn's own handler would raise the signal again after shutting down, and the process
+        would not exit with 0.
+        """
+        if self._loop is None:
+            self.end()
+            return
+        name = signal.Signals(sig).name
+        self._loop.call_soon_threadsafe(self._on_signal, name)
+
+    def _on_signal(self, name: str) -> None:
+        if self._drain is not None:
+            _log.warning("second signal, ending at once", signal=name)
+            self.end()
+            self.force_exit = True
+            return
+        _log.info("signal", signal=name)
+        self._drain = asyncio.ensure_future(self._drain_and_end())
+
+    async def _drain_and_end(self) -> None:
+        await self._service.drain(self._service.settings.drain_timeout_s)
+        self.end()
+
+
+def _report(error: BaseException) -> None:
+    """What stopped the start: one message where it is ours, a traceback where it is a bug."""
+    if isinstance(error, ReleaseError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        _log.error("loading failed", exc_info=error)
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,355 @@
+"""Every setting of the service, once: name, default, bounds and help.
+
+Each is an environment variable (prefix ``RECTOKENS_``, groups joined by ``__``) and a flag of
+``python -m server serve``. A flag wins over the environment. This module imports no torch, so
+that ``--help`` and a refused setting are quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENV_PREFIX = "RECTOKENS_"
+ENV_NESTED_DELIMITER = "__"
+# Read by the tests and the demo, not by the service; never a mistake in its environment.
+FOREIGN_VARIABLES = frozenset({"RECTOKENS_DATA_DIR"})
+
+# The same as rectokens.schemas.search.Normalization, spelled out because that imports torch.
+NormalizationName = Literal["vocab", "level", "children"]
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown or has a bad value; the message is all a user needs."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, protected_namespaces=(), frozen=True
+    )
+
+
+class DefaultSettings(_Group):
+    """What a request gets for a field it leaves out."""
+
+    top_k: int = Field(default=10, ge=1, description="Items returned.")
+    beam_width: int = Field(
+        default=50,
+        ge=1,
+        description="Beams kept; a request that leaves it out gets at least its top_k.",
+    )
+    temperature: float = Field(
+        default=0.0, ge=0, description="0 is beam search; above 0 stochastic beam search."
+    )
+    normalization: NormalizationName = Field(
+        default="children",
+        description="Over what a code's log-probability is taken.",
+    )
+    exclude_history: bool = Field(
+        default=True, description="Whether items of the history are kept out of the answer."
+    )
+    timeout_ms: int = Field(
+        default=10_000,
+        ge=1,
+        description="Time a request may take, queueing included, in milliseconds.",
+    )
+
+
+class LimitSettings(_Group):
+    """The most a request may ask for; over a limit it is refused at once."""
+
+    max_top_k: int = Field(default=1_000, ge=1, description="Largest top_k.")
+    max_beam_width: int = Field(default=5_000, ge=1, description="Largest beam_width.")
+    max_temperature: float = Field(default=10.0, gt=0, description="Largest temperature.")
+    max_timeout_ms: int = Field(
+        default=60_000, ge=1, description="Largest timeout_ms, in milliseconds."
+    )
+    max_history_items: int = Field(
+        default=2_000,
+        ge=1,
+        description="Most entries of history, and of input (items and texts together).",
+    )
+    max_text_chars: int = Field(
+        default=20_000,
+        ge=1,
+        description="Most characters of text in one request, all texts together.",
+    )
+    max_exclude_items: int = Field(
+        default=10_000, ge=0, description="Most entries of exclude_items."
+    )
+    max_constraint_sets: int = Field(
+        default=8, ge=1, description="Most constraint sets one request may intersect."
+    )
+    max_item_id_chars: int = Field(default=512, ge=1, description="Longest item id, in characters.")
+    max_body_bytes: int = Field(
+        default=1_048_576, ge=1_024, description="Largest request body, in bytes; more is a 413."
+    )
+    body_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Time a client has to send its body, in seconds; more is a 408.",
+    )
+
+
+class BatchingSettings(_Group):
+    """How requests queue and share a forward pass."""
+
+    max_requests: int = Field(default=32, ge=1, description="Most requests in one batch.")
+    max_beam_rows: int = Field(
+        default=8_192,
+        ge=1,
+        description="Most beam rows (sum of beam widths) in one batch of several.",
+    )
+    max_prompt_tokens: int = Field(
+        default=65_536,
+        ge=1,
+        description="Most prompt tokens in one batch of several, padding to the longest included.",
+    )
+    max_queued_beam_rows: int = Field(
+        default=32_768, ge=1, description="Most beam rows waiting; a request over it is a 429."
+    )
+    max_queued_requests: int = Field(
+        default=2_048, ge=1, description="Most requests waiting; one over it is a 429."
+    )
+    prepare_threads: int = Field(
+        default=2, ge=1, le=64, description="Threads that turn long requests into prompts."
+    )
+
+
+class HttpSettings(_Group):
+    """Connections and browsers."""
+
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Origins a browser may call from, separated by commas; none by default.",
+    )
+    keep_alive_s: int = Field(
+        default=30, ge=1, description="Time an idle connection is kept open, in seconds."
+    )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+        return value
+
+
+class Settings(BaseSettings):
+    """All settings of the service.
+
+    Build it with :func:`load_settings`, which also refuses unknown environment variables.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_NESTED_DELIMITER,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        frozen=True,
+    )
+
+    release: Path | None = Field(
+        default=None,
+        description="Release folder: names the model and the catalog. Instead of both.",
+    )
+    model: Path | None = Field(default=None, description="Model folder.")
+    catalog: Path | None = Field(default=None, description="Catalog folder.")
+    model_name: str = Field(
+        default="rectokens",
+        min_length=1,
+        max_length=128,
+        description="Name of the model in answers and in /v1/models.",
+    )
+    allow_mismatch: bool = Field(
+        default=False,
+        description="Serve a catalog whose tokenizer fingerprint is not the model's. Levels and "
+        "codebook size must agree all the same.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs; auto takes a GPU if there is one."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Type of the weights; auto is as saved on a GPU, float32 on a CPU.",
+    )
+    cpu_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads torch computes with; unset leaves torch's own choice.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on; 0.0.0.0 is all of them.",
+    )
+    port: int = Field(
+        default=8_000, ge=0, le=65_535, description="Port to listen on; 0 takes any free one."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line that is written."
+    )
+    drain_timeout_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="Time running requests get to finish after SIGTERM, in seconds.",
+    )
+    defaults: DefaultSettings = DefaultSettings()
+    limits: LimitSettings = LimitSettings()
+    batching: BatchingSettings = BatchingSettings()
+    http: HttpSettings = HttpSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        for low, high in (
+            ("defaults.top_k", "limits.max_top_k"),
+            ("defaults.top_k", "defaults.beam_width"),
+            ("defaults.beam_width", "limits.max_beam_width"),
+            ("defaults.temperature", "limits.max_temperature"),
+            ("defaults.timeout_ms", "limits.max_timeout_ms"),
+            ("limits.max_top_k", "limits.max_beam_width"),
+            # Otherwise the widest request that the limits allow could never be queued.
+            ("limits.max_beam_width", "batching.max_queued_beam_rows"),
+        ):
+            if value_of(self, low) > value_of(self, high):
+                raise ValueError(
+                    f"{env_name(low)} is {value_of(self, low)}; "
+                    f"it may be at most {env_name(high)}, {value_of(self, high)}"
+                )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class SettingField:
+    """One leaf of the settings tree.
+
+    Attributes:
+        path: dotted name, ``limits.max_top_k``.
+        info: its pydantic field.
+        default: its default value.
+    """
+
+    path: str
+    info: FieldInfo
+    default: Any
+
+    @property
+    def env(self) -> str:
+        """Its environment variable."""
+        return env_name(self.path)
+
+    @property
+    def flag(self) -> str:
+        """Its command line flag."""
+        return "--" + self.path.replace("_", "-")
+
+    @property
+    def group(self) -> str:
+        """Name of its group, empty for a setting outside any."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def help(self) -> str:
+        """What it does."""
+        return self.info.description or ""
+
+
+def env_name(path: str) -> str:
+    """Environment variable of a dotted setting name."""
+    return ENV_PREFIX + path.replace(".", ENV_NESTED_DELIMITER).upper()
+
+
+def value_of(settings: BaseModel, path: str) -> Any:
+    """Value of a dotted setting name."""
+    value: Any = settings
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def setting_fields() -> Iterator[SettingField]:
+    """All settings, in the order they are declared, groups last."""
+    yield from _fields_of(Settings, "")
+
+
+def group_help(group: str) -> str:
+    """One line on a group of settings, empty for no group."""
+    if not group:
+        return ""
+    return inspect.getdoc(Settings.model_fields[group].annotation) or ""
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from flags, then the environment, then the defaults.
+
+    Args:
+        flags: dotted setting name to value (a string as typed, or a bool); None values are
+            flags that were not given.
+
+    Raises:
+        SettingsError: an unknown ``RECTOKENS_`` variable, or a bad value; the message names
+            the setting, the value found and what is allowed.
+    """
+    _refuse_unknown_variables()
+    nested: dict[str, Any] = {}
+    for path, value in (flags or {}).items():
+        if value is None:
+            continue
+        group, _, name = path.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[name] = value
+    try:
+        return Settings(**nested)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[SettingField]:
+    groups: list[tuple[str, type[BaseModel]]] = []
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            groups.append((name, info.annotation))
+        else:
+            yield SettingField(prefix + name, info, info.get_default())
+    for name, inner in groups:
+        yield from _fields_of(inner, f"{prefix}{name}.")
+
+
+def _refuse_unknown_variables() -> None:
+    known = {field.env for field in setting_fields()}
+    lines = []
+    for name in sorted(os.environ):
+        upper = name.upper()
+        if not upper.startswith(ENV_PREFIX) or upper in known | FOREIGN_VARIABLES:
+            continue
+        # Compared without the prefix, which would make everything look alike.
+        names = [one.removeprefix(ENV_PREFIX) for one in sorted(known)]
+        close = difflib.get_close_matches(upper.removeprefix(ENV_PREFIX), names, n=3, cutoff=0.5)
+        near = [ENV_PREFIX + one for one in close]
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `serve --help` for all"
+        lines.append(f"unknown setting {name}; {hint}")
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if not path:
+            lines.append(message)
+            continue
+        flag = "--" + path.replace("_", "-")
+        allowed = message[:1].lower() + message[1:]
+        lines.append(f"{env_name(path)} ({flag}) is {str(item['input'])!r}: {allowed}")
+    return "\n".join(lines)

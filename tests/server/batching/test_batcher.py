@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+
+import pytest
+
+from rectokens.schemas.search import SearchRequest
+from server.batching.batcher import Batcher, QueueLimits
+from server.batching.policy import BatchLimits
+from server.errors import EngineFaultError, ErrorKind, ServiceError
+
+LIMITS = BatchLimits(max_requests=8, max_beam_rows=1_000, max_prompt_tokens=1_000)
+
+
+class Observer:
+    def __init__(self):
+        self.started: list[tuple[int, int]] = []
+        self.queue_s: list[float] = []
+        self.finished = 0
+
+    def batch_started(self, requests, beam_rows, queue_s):
+        self.started.append((requests, beam_rows))
+        self.queue_s += queue_s
+
+    def batch_finished(self, prefill_s, decode_s):
+        self.finished += 1
+
+
+@pytest.fixture
+def release(dummy):
+    return dummy.make_release()
+
+
+@pytest.fixture
+async def make_batcher():
+    started: list[Batcher] = []
+
+    def make(limits=LIMITS, max_queued_beam_rows=1_000, max_queued_requests=1_000):
+        queue_limits = QueueLimits(max_queued_requests, max_queued_beam_rows)
+        batcher = Batcher(limits, queue_limits, Observer())
+        batcher.start()
+        started.append(batcher)
+        return batcher
+
+    yield make
+    for batcher in started:
+        await batcher.stop(timeout_s=10)
+
+
+def search(beam_width=10, prompt_tokens=3):
+    return SearchRequest(
+        prompt=(1,) * prompt_tokens, beam_width=beam_width, top_k=min(2, beam_width)
+    )
+
+
+async def ask(batcher, release, request=None, timeout_s=30.0):
+    request = request or search()
+    with batcher.admit(request.beam_width, time.monotonic() + timeout_s) as place:
+        return await batcher.run(place, release, request)
+
+
+async def settled():
+    """Let every task run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def begun(engine, batches):
+    await asyncio.to_thread(engine.wait_for_batches, batches)
+
+
+async def ask_while_busy(batcher, release, requests):
+    """Tasks for requests that all wait in the queue while one batch is held at the gate."""
+    release.engine.gate.clear()
+    done = len(release.engine.batches)
+    head = asyncio.create_task(ask(batcher, release))
+    await begun(release.engine, done + 1)
+    tasks = [asyncio.create_task(ask(batcher, release, request)) for request in requests]
+    await settled()
+    return head, tasks
+
+
+async def test_an_answer_comes_with_its_times(make_batcher, release):
+    answer = await ask(make_batcher(), release)
+    assert [hit.item_index for hit in answer.result.hits] == [0, 1]
+    assert answer.queue_s >= 0
+    assert (answer.prefill_s, answer.decode_s) == (0.001, 0.002)
+
+
+async def test_requests_join_the_batch_that_forms_while_the_engine_is_busy(make_batcher, release):
+    batcher = make_batcher()
+    head, tasks = await ask_while_busy(batcher, release, [search() for _ in range(5)])
+    assert batcher.queued_requests == 5
+    assert batcher.queued_beam_rows == 50
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+    assert [len(batch) for batch in release.engine.batches] == [1, 5]
+    assert batcher._observer.started == [(1, 10), (5, 50)]
+    assert batcher.queued_requests == batcher.queued_beam_rows == 0
+
+
+async def test_each_caller_gets_its_own_answer(make_batcher, release):
+    batcher = make_batcher()
+    requests = [SearchRequest(prompt=(1,), beam_width=10, top_k=k) for k in (1, 2, 3, 4, 5, 6, 7)]
+    head, tasks = await ask_while_busy(batcher, release, requests)
+    release.engine.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert [len(answer.result.hits) for answer in answers] == [1, 2, 3, 4, 5, 6, 7]
+    await head
+
+
+async def test_a_batch_holds_one_release(make_batcher, dummy):
+    batcher = make_batcher()
+    old, new = dummy.make_release(), dummy.make_release(model_version="model0000000000b")
+    head, tasks = await ask_while_busy(batcher, old, [search()])
+    tasks += [asyncio.create_task(ask(batcher, new)) for _ in range(3)]
+    await settled()
+    tasks.append(asyncio.create_task(ask(batcher, old)))
+    await settled()
+    old.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+    assert [len(batch) for batch in old.engine.batches] == [1, 2]
+    assert [len(batch) for batch in new.engine.batches] == [3]
+
+
+async def test_a_request_that_breaks_the_batch_fails_alone(make_batcher, release):
+    batcher = make_batcher()
+    poison = search(prompt_tokens=7)
+
+    def explode(requests):
+        if any(len(request.prompt) == 7 for request in requests):
+            raise RuntimeError("poisoned")
+
+    release.engine.on_search = explode
+    head, tasks = await ask_while_busy(batcher, release, [search(), poison, search()])
+    release.engine.gate.set()
+    first, broken, last = await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(first.result.hits) == len(last.result.hits) == 2
+    assert isinstance(broken, EngineFaultError)
+    assert broken.kind is ErrorKind.ENGINE_FAULT
+    assert "poisoned" in broken.detail
+    assert "poisoned" not in broken.message
+    await head
+    assert batcher.alive
+    # The batch, then each of its requests alone.
+    assert [len(batch) for batch in release.engine.batches] == [1, 3, 1, 1, 1]
+
+
+async def test_a_fault_of_one_request_needs_no_retry(make_batcher, release):
+    batcher = make_batcher()
+    release.engine.fault_if = lambda request: len(request.prompt) == 7
+    head, tasks = await ask_while_busy(batcher, release, [search(), search(prompt_tokens=7)])
+    release.engine.gate.set()
+    fine, broken = await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(fine.result.hits) == 2
+    assert isinstance(broken, EngineFaultError)
+    await head
+    assert [len(batch) for batch in release.engine.batches] == [1, 2]
+
+
+async def test_an_engine_that_answers_too_little_fails_its_callers_not_itself(
+    make_batcher, release, monkeypatch
+):
+    from server.engine.types import BatchOutcome
+
+    monkeypatch.setattr(release.engine, "search", lambda requests, trie: BatchOutcome((), 0.0, 0.0))
+    batcher = make_batcher()
+    with pytest.raises(EngineFaultError):
+        await ask(batcher, release)
+    assert batcher.alive
+
+
+async def test_a_caller_that_leaves_the_queue_frees_its_place(make_batcher, release):
+    batcher = make_batcher(max_queued_beam_rows=20)
+    head, (leaver,) = await ask_while_busy(batcher, release, [search(beam_width=20)])
+    with pytest.raises(ServiceError):
+        await ask(batcher, release, search(beam_width=1))
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    assert batcher.queued_beam_rows == batcher.queued_requests == 0
+    stayer = asyncio.create_task(ask(batcher, release, search(beam_width=20)))
+    await settled()
+    release.engine.gate.set()
+    await asyncio.gather(head, stayer)
+    assert [[r.beam_width for r in batch] for batch in release.engine.batches] == [[10], [20]]
+
+
+async def test_the_result_of_a_caller_that_left_a_running_batch_is_dropped(make_batcher, release):
+    batcher = make_batcher()
+    head, _ = await ask_while_busy(batcher, release, [])
+    head.cancel()
+    await asyncio.gather(head, return_exceptions=True)
+    release.engine.gate.set()
+    assert len((await ask(batcher, release)).result.hits) == 2
+    assert batcher.queued_requests == 0
+
+
+async def test_a_queued_request_past_its_deadline_never_reaches_the_engine(make_batcher, release):
+    batcher = make_batcher()
+    head, _ = await ask_while_busy(batcher, release, [])
+    with pytest.raises(ServiceError) as error:
+        await ask(batcher, release, search(beam_width=3), timeout_s=0.05)
+    assert error.value.kind is ErrorKind.DEADLINE_EXCEEDED
+    assert batcher.queued_beam_rows == 0
+    release.engine.gate.set()
+    await head
+    await ask(batcher, release)
+    assert all(request.beam_width != 3 for batch in release.engine.batches for request in batch)
+
+
+async def test_a_running_request_past_its_deadline_is_answered_so(make_batcher, release):
+    batcher = make_batcher()
+    release.engine.gate.clear()
+    with pytest.raises(ServiceError) as error:
+        await ask(batcher, release, timeout_s=0.05)
+    assert error.value.kind is ErrorKind.DEADLINE_EXCEEDED
+    release.engine.gate.set()
+
+
+async def test_the_queue_is_bounded_in_beam_rows(make_batcher, release):
+    batcher = make_batcher(max_queued_beam_rows=100)
+    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=60)])
+    with pytest.raises(ServiceError) as error:
+        batcher.admit(41, time.monotonic() + 10)
+    assert error.value.kind is ErrorKind.OVERLOADED
+    assert error.value.retry_after_s >= 1
+    assert "60" in error.value.message
+    assert "100" in error.value.message
+    with batcher.admit(40, time.monotonic() + 10):
+        assert batcher.queued_beam_rows == 100
+    assert batcher.queued_beam_rows == 60
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+
+
+async def test_narrow_requests_are_bounded_in_number(make_batcher, release):
+    batcher = make_batcher(max_queued_requests=3)
+    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=1)] * 3)
+    with pytest.raises(ServiceError) as error:
+        batcher.admit(1, time.monotonic() + 10)
+    assert error.value.kind is ErrorKind.OVERLOADED
+    assert "3 requests" in error.value.message
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+    with batcher.admit(1, time.monotonic() + 10):
+        pass
+
+
+async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(make_batcher, release):
+    batcher = make_batcher()
+    release.engine.on_search = lambda requests: time.sleep(0.1)
+    await ask(batcher, release, search(beam_width=10))  # about 100 rows a second
+    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=300)])
+    with pytest.raises(ServiceError) as error:
+        batcher.admit(10, time.monotonic() + 0.5)
+    assert error.value.kind is ErrorKind.DEADLINE_UNREACHABLE
+    assert error.value.retry_after_s > 1
+    with batcher.admit(10, time.monotonic() + 60):
+        pass
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+
+
+async def test_an_idle_engine_takes_a_request_however_slow_it_was(make_batcher, release):
+    batcher = make_batcher()
+    release.engine.on_search = lambda requests: time.sleep(0.2)
+    await ask(batcher, release, search(beam_width=2))
+    release.engine.on_search = lambda requests: None
+    # 10 rows a second were measured, which would be ten seconds.
+    await ask(batcher, release, search(beam_width=100), timeout_s=5.0)
+
+
+async def test_a_dead_engine_thread_answers_everybody_at_once(make_batcher, release):
+    batcher = make_batcher()
+
+    def die(requests):
+        raise SystemExit("the thread is gone")
+
+    head, tasks = await ask_while_busy(batcher, release, [search(), search()])
+    release.engine.on_search = die
+    release.engine.gate.set()
+    errors = await asyncio.gather(head, *tasks, return_exceptions=True)
+    assert [error.kind for error in errors] == [ErrorKind.ENGINE_DEAD] * 3
+    assert not batcher.alive
+    assert batcher.queued_beam_rows == 0
+    with pytest.raises(ServiceError) as error:
+        batcher.admit(1, time.monotonic() + 10)
+    assert error.value.kind is ErrorKind.ENGINE_DEAD
+
+
+async def test_stopping_answers_those_who_wait(make_batcher, release):
+    batcher = make_batcher()
+    head, (queued,) = await ask_while_busy(batcher, release, [search()])
+    stopping = asyncio.create_task(batcher.stop(timeout_s=10))
+    (error,) = await asyncio.gather(queued, return_exceptions=True)
+    assert error.kind is ErrorKind.DRAINING
+    release.engine.gate.set()
+    assert await stopping
+    assert len((await head).result.hits) == 2
+    with pytest.raises(ServiceError):
+        batcher.admit(1, time.monotonic() + 10)
+
+
+async def test_an_engine_that_hangs_does_not_keep_stop_waiting(make_batcher, release):
+    batcher = make_batcher()
+    head, _ = await ask_while_busy(batcher, release, [])
+    assert not await batcher.stop(timeout_s=0.05)
+    release.engine.gate.set()
+    await asyncio.gather(head, return_exceptions=True)
+
+
+async def test_a_storm_of_callers_that_stay_leave_and_fail(make_batcher, release):
+    """Every caller hears exactly once, every row is given back."""
+    batcher = make_batcher(max_queued_beam_rows=200)
+
+    def sometimes_explode(requests):
+        if any(len(request.prompt) == 5 for request in requests):
+            raise RuntimeError("poisoned")
+
+    release.engine.on_search = sometimes_explode
+    tasks = []
+    for i in range(300):
+        request = search(beam_width=1 + i % 7, prompt_tokens=1 + i % 5)
+        tasks.append(asyncio.create_task(ask(batcher, release, request)))
+        if i % 4 == 0:
+            await asyncio.sleep(0)
+        if i % 11 == 0:
+            tasks[i // 2].cancel()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    kinds = Counter(
+        outcome.kind if isinstance(outcome, ServiceError) else type(outcome).__name__
+        for outcome in outcomes
+    )
+    allowed = {"Answer", "CancelledError", ErrorKind.ENGINE_FAULT, ErrorKind.OVERLOADED}
+    assert set(kinds) <= allowed
+    assert kinds["Answer"] > 0
+    assert kinds[ErrorKind.ENGINE_FAULT] > 0
+    assert batcher.queued_requests == batcher.queued_beam_rows == 0
+    assert batcher.alive

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from server.batching.throughput import Throughput
+
+
+def test_nothing_is_known_before_the_first_batch():
+    assert Throughput().seconds_for(100, now_s=0.0) is None
+
+
+def test_the_best_recent_rate_counts():
+    throughput = Throughput()
+    throughput.record(10, 1.0, now_s=0.0)
+    throughput.record(400, 2.0, now_s=1.0)
+    throughput.record(10, 5.0, now_s=2.0)
+    assert throughput.seconds_for(100, now_s=3.0) == pytest.approx(0.5)
+
+
+def test_a_slow_start_is_forgotten():
+    throughput = Throughput(window_s=30.0)
+    throughput.record(1, 20.0, now_s=0.0)
+    assert throughput.seconds_for(1, now_s=29.0) == pytest.approx(20.0)
+    assert throughput.seconds_for(1, now_s=31.0) is None
+
+
+def test_a_batch_that_took_no_time_is_no_division_by_zero():
+    throughput = Throughput()
+    throughput.record(10, 0.0, now_s=0.0)
+    assert throughput.seconds_for(10, now_s=0.0) < 1e-3

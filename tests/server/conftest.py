@@ -1,0 +1,157 @@
+"""A service without weights, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+_SCRIPT = Path(__file__).with_name("dummy_service.py")
+
+
+def _load_script() -> ModuleType:
+    # Tests are no package (importlib mode), so a sibling is loaded by its path.
+    spec = importlib.util.spec_from_file_location("dummy_service", _SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dummy_service"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_logs() -> None:
+    # structlog's default renders tracebacks richly, which takes seconds.
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[])
+
+
+@pytest.fixture(scope="session")
+def dummy() -> ModuleType:
+    """The module ``dummy_service``."""
+    return _load_script()
+
+
+class RunningApp:
+    """An app whose lifespan runs, with a client for it."""
+
+    def __init__(self, app: Any, client: httpx.AsyncClient) -> None:
+        self.app = app
+        self.service = app.state.service
+        self.client = client
+
+    async def post(self, body: Any, **kwargs: Any) -> httpx.Response:
+        return await self.client.post("/v1/recommend", json=body, **kwargs)
+
+    async def metric(self, line: str) -> float:
+        """Value of one sample of /metrics, 0 if it is not there."""
+        text = (await self.client.get("/metrics")).text
+        for row in text.splitlines():
+            if row.startswith(line + " "):
+                return float(row.rpartition(" ")[2])
+        return 0.0
+
+
+StartApp = Callable[..., Any]
+
+
+@pytest.fixture
+async def start_app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartApp]:
+    """``await start_app(release, **flags)``: a ready app; flags are dotted setting names."""
+    from server.app import create_app
+    from server.settings import load_settings
+
+    for name in os.environ:
+        if name.startswith("RECTOKENS_"):
+            monkeypatch.delenv(name)
+
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            release: Any, *, load: Any = None, wait: bool = True, **flags: Any
+        ) -> RunningApp:
+            settings = load_settings({k.replace("__", "."): v for k, v in flags.items()})
+            app = create_app(settings, load or (lambda: release))
+            await stack.enter_async_context(app.router.lifespan_context(app))
+            client = await stack.enter_async_context(
+                httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app), base_url="http://test", timeout=60
+                )
+            )
+            running = RunningApp(app, client)
+            while wait and running.service.phase != "ready":
+                await asyncio.sleep(0.005)
+            return running
+
+        yield start
+
+
+class ServerProcess:
+    """A dummy service in a process of its own, on a port of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[dict[str, Any]] = []
+        self.port = 0
+        self.stdout = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def read_until(self, event: str) -> dict[str, Any]:
+        """Read log lines up to the one with that event."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            record = json.loads(line) if line.startswith("{") else {"event": line.strip()}
+            self.lines.append(record)
+            if record["event"] == event:
+                return record
+        raise AssertionError(f"no {event!r} among {self.lines}")
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code and the rest of stderr."""
+        self.stdout, stderr = self.process.communicate(timeout=30)
+        return self.process.returncode, stderr
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., ServerProcess]]:
+    """``start_process(behaviour, "setting=value", ...)``: listening, not yet ready."""
+    started: list[ServerProcess] = []
+
+    def start(behaviour: str = "ok", *flags: str) -> ServerProcess:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RECTOKENS_")}
+        process = subprocess.Popen(
+            [sys.executable, str(_SCRIPT), "0", behaviour, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+        )
+        server = ServerProcess(process)
+        started.append(server)
+        server.port = server.read_until("listening")["port"]
+        return server
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()

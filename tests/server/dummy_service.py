@@ -1,0 +1,167 @@
+"""A service without weights: the real HTTP, batching and catalog around an engine made to order.
+
+Fixtures use its parts; run as a script it is a server process whose engine behaves as its
+second argument says.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import polars as pl
+import torch
+
+from rectokens.artifacts.model import RetrievalSpec
+from rectokens.catalog.build import build_catalog
+from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, TextPart
+from rectokens.prompts.recipe import PromptRecipe
+from rectokens.prompts.registry import prompt_builder
+from rectokens.schemas.catalog_trie import CatalogTrie
+from rectokens.schemas.item_tokens import ItemTokens
+from rectokens.schemas.search import SearchHit, SearchRequest, SearchResult, Shortfall
+from server.engine.types import BatchOutcome, EngineFault
+from server.release import Release
+
+NUM_ITEMS = 30
+FINGERPRINT = "ab" * 32
+ITEM_IDS = [f"B{i:03d}" for i in range(NUM_ITEMS)]
+ITEM_TOKENS = ItemTokens(
+    offset=10, level_stride=4, num_levels=3, codebook_size=4, start_token_id=1, end_token_id=2
+)
+
+
+class DummyEngine:
+    """Returns the first items that the filters allow, item i with score -(i + 1).
+
+    Attributes:
+        batches: every batch it was asked, in order.
+        gate: closed (cleared), a search waits until it is opened again.
+        on_search: called with the requests of each batch; may raise.
+        fault_if: a request for which it holds gets an EngineFault.
+    """
+
+    def __init__(self) -> None:
+        self.max_prompt_tokens = 64
+        self.batches: list[list[SearchRequest]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.on_search: Callable[[Sequence[SearchRequest]], None] = lambda requests: None
+        self.fault_if: Callable[[SearchRequest], bool] = lambda request: False
+        self._changed = threading.Condition()
+
+    def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
+        with self._changed:
+            self.batches.append(list(requests))
+            self._changed.notify_all()
+        if not self.gate.wait(timeout=30):
+            raise RuntimeError("nobody opened the gate")
+        self.on_search(requests)
+        results = [
+            EngineFault("made to order") if self.fault_if(r) else first_allowed(r, trie)
+            for r in requests
+        ]
+        return BatchOutcome(tuple(results), prefill_s=0.001, decode_s=0.002)
+
+    def wait_for_batches(self, count: int) -> None:
+        """Block until that many batches have begun."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self.batches) >= count, timeout=30):
+                raise TimeoutError(f"{len(self.batches)} batches after 30 s, wanted {count}")
+
+
+def first_allowed(request: SearchRequest, trie: CatalogTrie) -> SearchResult:
+    excluded = set() if request.excluded_items is None else set(request.excluded_items.tolist())
+    prefix = request.allowed_prefix
+    items = [
+        i
+        for i in range(trie.num_items)
+        if i not in excluded and (prefix is None or prefix[i + 1] > prefix[i])
+    ][: request.top_k]
+    leaves = torch.searchsorted(trie.leaf_item_ptrs, torch.tensor(items).int(), right=True) - 1
+    hits = tuple(
+        SearchHit(item, tuple(codes), -(item + 1.0), (-(item + 1.0), 0.0, 0.0))
+        for item, codes in zip(items, trie.leaf_codes(leaves).tolist(), strict=True)
+    )
+    if len(hits) == request.top_k:
+        return SearchResult(hits)
+    return SearchResult(hits, Shortfall("filters", len(hits)))
+
+
+class TextBuilder:
+    """Takes items and texts: three tokens an item, one a text."""
+
+    name, version, max_prompt_tokens = "dummy_text", 1, 1_000
+
+    def build(self, parts: Sequence[Part]) -> BuiltPrompt:
+        ids = [0]
+        for part in parts:
+            ids += [3] if isinstance(part, TextPart) else [4, 5, 6]
+        items = sum(isinstance(part, ItemPart) for part in parts)
+        return BuiltPrompt(tuple(ids), items_used=items, items_truncated=0)
+
+    def target(self, codes: Sequence[int]) -> list[int]:
+        return [0, *codes]
+
+    def training_sequence(self, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
+        raise NotImplementedError
+
+
+def make_release(
+    engine: DummyEngine | None = None,
+    *,
+    takes_text: bool = False,
+    num_items: int = NUM_ITEMS,
+    model_version: str = "model0000000000a",
+) -> Release:
+    """A catalog whose item index is the number in the item id, around a dummy engine."""
+    ids = [f"B{i:03d}" for i in range(num_items)]
+    codes = torch.tensor([[i // 16 % 4, i // 4 % 4, i % 4] for i in range(num_items)])
+    catalog = build_catalog(
+        ids,
+        codes,
+        codebook_size=4,
+        tokenizer_fingerprint=FINGERPRINT,
+        metadata=pl.DataFrame({"title": [f"title of {name}" for name in ids]}),
+        constraint_sets={"even": ids[::2], "early": ids[: num_items // 3]},
+    )
+    recipe = PromptRecipe("item_history", 1, {"max_items": 8})
+    return Release(
+        model_name="dummy",
+        model_version=model_version,
+        created_s=1_700_000_000,
+        spec=RetrievalSpec(FINGERPRINT, ITEM_TOKENS, recipe),
+        catalog=catalog,
+        trie=catalog.trie,
+        prompts=TextBuilder() if takes_text else prompt_builder(recipe, ITEM_TOKENS),
+        engine=engine or DummyEngine(),
+    )
+
+
+def main(port: str, behaviour: str, *flags: str) -> int:
+    """Serve on a port; behaviour is ok, slow (half a second a batch) or broken (cannot load)."""
+    from server.release import ReleaseError
+    from server.run import run_service
+    from server.settings import load_settings
+
+    engine = DummyEngine()
+    if behaviour == "slow":
+        engine.on_search = lambda requests: time.sleep(0.5)
+
+    def load() -> Release:
+        if behaviour == "broken":
+            raise ReleaseError("the model folder is empty")
+        if behaviour == "loading":
+            time.sleep(60)
+        return make_release(engine)
+
+    options = dict(flag.split("=", 1) for flag in flags)
+    return run_service(
+        load_settings({"port": port, **options}), load, lambda url: print(url, flush=True)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
