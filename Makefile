@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constr
 # More threads than free cores make torch many times slower; the tests need only one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help serve demo test check format bench docs clean
+.PHONY: help serve demo test check format soak bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -48,6 +48,9 @@ check: $(VENV)/.installed-dev ## lint, format and types
 format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+soak: $(VENV)/.installed-dev ## half an hour of mixed traffic; every answer checked, memory flat
+	SOAK_SECONDS=1800 $(TEST_ENV) $(BIN)/python -m pytest tests/server/test_soak.py -q
 
 bench: $(VENV)/.installed-server ## the engine against HF generate, on this machine's CPU
 	$(BIN)/python -m examples.scripts.benchmark.benchmark_recommend_cpu --demo $(DEMO)

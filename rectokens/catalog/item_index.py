@@ -1,0 +1,110 @@
+"""From item ids to item indices, for tens of millions of items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+HashFunction: TypeAlias = Callable[[pl.Series], NDArray[np.uint64]]
+
+
+def hash_strings(values: pl.Series) -> NDArray[np.uint64]:
+    """64-bit hash of each string; stable within a process, which is all an index needs."""
+    return values.hash(seed=0).to_numpy()
+
+
+class ItemIndex:
+    """Finds strings in a fixed column: 12 bytes an item beside the column itself.
+
+    Hashes are kept sorted and searched by bisection; a hit counts only if the strings are equal,
+    so colliding hashes cost time and never a wrong answer.
+    """
+
+    def __init__(self, item_ids: pl.Series, hash_ids: HashFunction = hash_strings) -> None:
+        """Index a column.
+
+        Args:
+            item_ids: (N,) strings, N < 2**31, no nulls, one chunk.
+            hash_ids: hash of a string column, uint64 of the same length.
+        """
+        hashes = hash_ids(item_ids)
+        order = np.argsort(hashes, kind="stable")
+        self._item_ids = item_ids
+        self._hash_ids = hash_ids
+        self._hashes = hashes[order]
+        self._rows = order.astype(np.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the index holds beside the column."""
+        return self._hashes.nbytes + self._rows.nbytes
+
+    def find(self, queries: Sequence[str]) -> NDArray[np.int64]:
+        """Row of each query, -1 where the column has none.
+
+        If the column repeats a string, its first row is found.
+
+        Args:
+            queries: n strings.
+
+        Returns:
+            int64 (n,).
+
+        Raises:
+            TypeError: something that is no string.
+        """
+        found = np.full(len(queries), -1, dtype=np.int64)
+        wanted, rows = _encodable(queries)
+        if not rows.size:
+            return found
+        hashes = self._hash_ids(wanted)
+        places = np.searchsorted(self._hashes, hashes, side="left")
+        undecided = np.arange(rows.size)
+        while undecided.size:
+            undecided = undecided[places[undecided] < self._hashes.size]
+            undecided = undecided[self._hashes[places[undecided]] == hashes[undecided]]
+            candidates = self._rows[places[undecided]]
+            equal = (self._item_ids[candidates] == wanted[undecided]).to_numpy().astype(np.bool_)
+            found[rows[undecided[equal]]] = candidates[equal]
+            # Another string with this hash: look at the next one with the same hash.
+            undecided = undecided[~equal]
+            places[undecided] += 1
+        return found
+
+    def repeated(self) -> pl.Series:
+        """Strings that the column holds more than once, each once, in the order of the column."""
+        same = self._hashes[1:] == self._hashes[:-1]
+        suspect = np.zeros(self._hashes.size, dtype=np.bool_)
+        suspect[1:] |= same
+        suspect[:-1] |= same
+        strings = self._item_ids[np.sort(self._rows[suspect])]
+        return strings.filter(strings.is_duplicated()).unique(maintain_order=True)
+
+
+def _encodable(queries: Sequence[str]) -> tuple[pl.Series, NDArray[np.intp]]:
+    """The queries as a column, and the position of each among all of them.
+
+    Lone surrogates, which JSON can smuggle into a Python string, have no UTF-8 form; no item id
+    can be equal to such a string.
+    """
+    for query in queries:
+        if not isinstance(query, str):
+            raise TypeError(f"item id is {query!r}, a {type(query).__name__}; expected a string")
+    try:
+        return pl.Series(queries, dtype=pl.String), np.arange(len(queries))
+    except UnicodeEncodeError:
+        good = [i for i, query in enumerate(queries) if _has_utf8(query)]
+        chosen: list[Any] = [queries[i] for i in good]
+        return pl.Series(chosen, dtype=pl.String), np.array(good, dtype=np.intp)
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
