@@ -1,0 +1,342 @@
+"""Speed of TurboQuant encode and decode beside the copy rate of the device.
+
+``python -m examples.scripts.benchmark.benchmark_turboquant --csv out.csv``
+
+Before any time is taken, codes and decoded rows of that size are compared with the CPU path on
+fresh random rows; a difference beyond the stated rate ends the run. On CUDA a time is that of one
+launch inside a replayed graph of launches over several sets of buffers, so that caches hold no
+row; elsewhere it is the median of plain calls. Bytes are those an ideal kernel moves: each row
+read once, packed bytes and norms written once (or the reverse). ``share`` is bytes per second over
+the measured copy rate, which counts bytes read and written.
+
+Arms: ``kernel``, what the library uses; ``dense``, the rotation alone as one matrix product in the
+rows' type, without norm, assignment or packing; ``hadamard``, the two-step form (library transform,
+then the rest in PyTorch), if ``fast_hadamard_transform`` is installed. ``--sweep`` times the kernel
+under other launch settings as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectokens._turboquant.backends import Backend, make_backend
+from rectokens._turboquant.codec import Rotation, block_rotation, codec_for, hadamard_rotation
+from rectokens._turboquant.packing import pack, unpack
+from rectokens.turboquant import DEFAULT_CODEC, packed_dim, quantizer_for
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIMS = (1024, 2048, 2560, 4096, 5120, 8192, 16384)
+ROWS = (1, 8, 64, 256, 1024, 4096, 8192, 16384, 65536)
+MAX_DIFFERING = {1: 0.001, 2: 0.001, 4: 0.003, 8: 0.03}
+_CHECKED_ROWS = 64
+_COLD_BYTES = 256 << 20
+_MAX_BUFFER_SETS = 16
+_LAUNCHES = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the table; times in microseconds, rates in GB/s (1e9 bytes)."""
+
+    direction: str
+    arm: str
+    dim: int
+    bits: int
+    dtype: str
+    rows: int
+    microseconds: float
+    megabytes: float
+    gb_per_s: float
+    share_of_copy: float
+    differing: float
+
+
+def rotation_of(dim: int) -> Rotation:
+    """The rotation the library would use for `dim`."""
+    if codec_for(dim) == DEFAULT_CODEC:
+        return hadamard_rotation(dim, 42)
+    return block_rotation(dim, 42)
+
+
+def timed(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> float:
+    """Median seconds of one call; `calls` do the same on different buffers."""
+    if device.type != "cuda":
+        times = []
+        for call in itertools.islice(itertools.cycle(calls), repeats + 1):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:  # Compile and warm up before capture.
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in itertools.islice(itertools.cycle(calls), _LAUNCHES):
+            call()
+    times = []
+    for _ in range(repeats + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / _LAUNCHES)
+    return statistics.median(times[1:])
+
+
+def copy_rate(device: torch.device, repeats: int) -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    size = (2 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / timed([lambda: target.copy_(source)], device, repeats)
+
+
+def check(dim: int, bits: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Compare both directions with the CPU on fresh rows; the share of differing indices.
+
+    Raises:
+        RuntimeError: they differ by more than rounding explains.
+    """
+    quantizer = quantizer_for(dim, bits, codec_for(dim))
+    x = torch.randn(_CHECKED_ROWS, dim, dtype=torch.float32).to(dtype)
+    packed, norms = quantizer.encode(x)
+    on_device = quantizer.encode(x.to(device))
+    levels = unpack(packed, bits, dim).int() - unpack(on_device[0].cpu(), bits, dim).int()
+    differing = float(levels.ne(0).double().mean())
+    decoded = quantizer.decode(packed.to(device), norms.to(device)).cpu()
+    expected = quantizer.decode(packed, norms)
+    error = float((decoded - expected).norm() / expected.norm())
+    if differing > MAX_DIFFERING[bits] or int(levels.abs().max()) > 1 or error > 1e-3:
+        raise RuntimeError(
+            f"dim {dim}, {bits} bits, {dtype}: {differing:.4%} of indices differ, by up to "
+            f"{int(levels.abs().max())}; decoded rows differ by {error:.2e}"
+        )
+    if not torch.allclose(norms, on_device[1].cpu(), rtol=1e-6):
+        raise RuntimeError(f"dim {dim}, {bits} bits, {dtype}: norms differ")
+    return differing
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """One set of inputs and outputs for both directions."""
+
+    x: Tensor
+    packed: Tensor
+    norms: Tensor
+    x_hat: Tensor
+
+
+def buffer_sets(
+    dim: int, bits: int, dtype: torch.dtype, rows: int, device: torch.device
+) -> list[Buffers]:
+    """As many sets as it takes to outgrow the caches, with random contents."""
+    width = packed_dim(dim, bits)
+    set_bytes = rows * (dim * (dtype.itemsize + 4) + width + 4)
+    count = min(_MAX_BUFFER_SETS, max(2, math.ceil(_COLD_BYTES / set_bytes)))
+    return [
+        Buffers(
+            torch.randn(rows, dim, device=device).to(dtype),
+            torch.randint(256, (rows, width), dtype=torch.uint8, device=device),
+            torch.rand(rows, device=device) + 0.5,
+            torch.empty(rows, dim, device=device),
+        )
+        for _ in range(count)
+    ]
+
+
+def dense_arm(dim: int, dtype: torch.dtype, sets: list[Buffers]) -> list[Callable[[], Any]]:
+    """The rotation as one product with a dense matrix of the rows' type."""
+    matrix = torch.randn(dim, dim, device=sets[0].x.device).to(dtype)
+    outputs = [torch.empty_like(buffers.x) for buffers in sets[:2]]
+    return [
+        lambda b=buffers, out=out: torch.mm(b.x, matrix, out=out)
+        for buffers, out in zip(sets, itertools.cycle(outputs), strict=False)
+    ]
+
+
+def hadamard_arm(dim: int, bits: int, sets: list[Buffers]) -> list[Callable[[], Any]] | None:
+    """Norms, two library transforms, assignment and packing, one after the other."""
+    try:
+        from fast_hadamard_transform import hadamard_transform
+    except ImportError:
+        return None
+    if codec_for(dim) != DEFAULT_CODEC:
+        return None
+    from rectokens._turboquant.assign import float32_boundaries
+
+    device = sets[0].x.device
+    half = 1 << (bits - 1)
+    boundaries = torch.from_numpy(float32_boundaries(dim, bits)).to(device)
+    sign = torch.randint(2, (2, dim), device=device).float() * 2 - 1
+
+    def encode(b: Buffers) -> None:
+        x = b.x.float()
+        norms = torch.linalg.vector_norm(x, dim=1)
+        y = hadamard_transform(x * (sign[0] / norms[:, None]), dim**-0.5)
+        y = hadamard_transform(y * sign[1], 1.0)
+        count = torch.bucketize(y.abs(), boundaries, out_int32=True).to(torch.uint8)
+        index = torch.where(y > 0, half + count, half - 1 - count)
+        b.packed.copy_(pack(index, bits))
+        b.norms.copy_(norms)
+
+    return [lambda b=buffers: encode(b) for buffers in sets]
+
+
+def kernel_arm(backend: Backend, sets: list[Buffers]) -> dict[str, list[Callable[[], Any]]]:
+    """The library's own path, below its argument checks."""
+    return {
+        "encode": [lambda b=b: backend.encode(b.x, b.packed, b.norms) for b in sets],
+        "decode": [lambda b=b: backend.decode(b.packed, b.norms, b.x_hat) for b in sets],
+    }
+
+
+def sweep_arms(
+    dim: int, bits: int, sets: list[Buffers]
+) -> Iterator[tuple[str, str, list[Callable[[], Any]]]]:
+    """The kernels under other launch settings: direction, a name, calls."""
+    from rectokens.kernels import turboquant_launch as launch
+
+    rotation = rotation_of(dim)
+    tables = launch.kernel_tables(rotation, bits, sets[0].x.device)
+    for warps, programs, stages in itertools.product((4, 8, 16), (0, 1, 2, 3, 4), (1, 2, 3)):
+        if programs == 0 and stages > 1:
+            continue
+        chosen = launch.LaunchSettings(warps, programs, stages)
+        name = f"kernel warps={warps} programs={programs} stages={stages}"
+        if bits != 8 or stages == 1:  # Looking ahead past the table look-up spills.
+            yield (
+                "encode",
+                name,
+                [
+                    lambda b=b, s=chosen: launch.launch_encode(
+                        b.x, b.packed, b.norms, bits, rotation, tables, s
+                    )
+                    for b in sets
+                ],
+            )
+        if stages == 1:
+            yield (
+                "decode",
+                name,
+                [
+                    lambda b=b, s=chosen: launch.launch_decode(
+                        b.packed, b.norms, b.x_hat, bits, rotation, tables, s
+                    )
+                    for b in sets
+                ],
+            )
+
+
+def ideal_bytes(direction: str, dim: int, bits: int, itemsize: int, rows: int) -> int:
+    """Bytes an ideal kernel moves; decoded rows are float32."""
+    row = dim * (itemsize if direction == "encode" else 4)
+    return rows * (row + packed_dim(dim, bits) + 4)
+
+
+def measure(
+    dim: int, bits: int, dtype: str, rows: int, device: torch.device, rate: float,
+    differing: float, options: argparse.Namespace,
+) -> Iterator[Record]:  # fmt: skip
+    """Every arm at one size."""
+    sets = buffer_sets(dim, bits, DTYPES[dtype], rows, device)
+    backend = make_backend(dim, bits, rotation_of(dim), device)
+    arms = [("kernel", way, calls) for way, calls in kernel_arm(backend, sets).items()]
+    if options.dense:
+        arms.append(("dense", "encode", dense_arm(dim, DTYPES[dtype], sets)))
+    two_step = hadamard_arm(dim, bits, sets) if device.type == "cuda" else None
+    if two_step:
+        arms.append(("hadamard", "encode", two_step))
+    if options.sweep:
+        arms += [(name, way, calls) for way, name, calls in sweep_arms(dim, bits, sets)]
+    for arm, direction, calls in arms:
+        try:
+            seconds = timed(calls, device, options.repeats)
+        except Exception as error:
+            if not options.sweep or not arm.startswith("kernel "):
+                raise
+            print(f"{arm}: {type(error).__name__}", file=sys.stderr)
+            continue
+        moved = ideal_bytes(direction, dim, bits, DTYPES[dtype].itemsize, rows)
+        yield Record(
+            direction,
+            arm,
+            dim,
+            bits,
+            dtype,
+            rows,
+            round(seconds * 1e6, 2),
+            round(moved / 1e6, 3),
+            round(moved / seconds / 1e9, 1),
+            round(moved / seconds / rate, 3),
+            round(differing, 6),
+        )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
+    parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
+    parser.add_argument("--bits", type=int, nargs="+", default=(1, 2, 4, 8), choices=(1, 2, 4, 8))
+    parser.add_argument("--dtypes", nargs="+", default=("bf16", "fp32"), choices=DTYPES)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs a median is of")
+    parser.add_argument("--max-gib", type=float, default=24.0, help="skip sizes that need more")
+    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--sweep", action="store_true", help="also time other launch settings")
+    parser.add_argument("--csv", type=Path, help="write every record here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Record]:
+    """Check, measure, print, write."""
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; --device cpu times the plain path")
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    rate = copy_rate(device, options.repeats)
+    print(f"{name}, torch {torch.__version__}, copy {rate / 1e9:.0f} GB/s")
+    records: list[Record] = []
+    for dim, bits, dtype in itertools.product(options.dims, options.bits, options.dtypes):
+        differing = check(dim, bits, DTYPES[dtype], device)
+        for rows in options.rows:
+            if 2 * ideal_bytes("decode", dim, bits, 4, rows) * 2 > options.max_gib * (1 << 30):
+                print(f"skipped: dim {dim}, {rows} rows, over {options.max_gib} GiB")
+                continue
+            for record in measure(dim, bits, dtype, rows, device, rate, differing, options):
+                records.append(record)
+                print(
+                    f"{record.direction} {record.arm:<10} d={dim:<6} {bits} bits {dtype} "
+                    f"{rows:>6} rows {record.microseconds:>10.2f} us {record.gb_per_s:>8.1f} GB/s "
+                    f"{record.share_of_copy:>6.1%} of copy"
+                )
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Record)])
+            writer.writeheader()
+            writer.writerows(asdict(record) for record in records)
+    return records
+
+
+if __name__ == "__main__":
+    main()
