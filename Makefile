@@ -52,8 +52,10 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 soak: $(VENV)/.installed-dev ## half an hour of mixed traffic; every answer checked, memory flat
 	SOAK_SECONDS=1800 $(TEST_ENV) $(BIN)/python -m pytest tests/server/test_soak.py -q
 
-bench: $(VENV)/.installed-server ## the engine against HF generate, on this machine's CPU
-	$(BIN)/python -m examples.scripts.benchmark.benchmark_recommend_cpu --demo $(DEMO)
+bench: $(VENV)/.installed-server ## the engine against Hugging Face generate, on this machine
+	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --no-serve
+	$(BIN)/python -m examples.scripts.benchmark.benchmark_recommend_cpu \
+		--release "$$(ls -td $(DEMO)/releases/*/ | head -1)" $(if $(DATA),--data $(DATA))
 
 docs: $(VENV)/.installed-server ## rewrite the pages that are generated from the program
 	$(BIN)/python -m server settings-doc > docs/settings.md
