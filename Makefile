@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constr
 # More threads than free cores make torch many times slower; the tests need only one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help serve demo test check format soak bench docs clean
+.PHONY: help serve demo test check format chaos soak bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -51,6 +51,10 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 
 soak: $(VENV)/.installed-dev ## half an hour of mixed traffic; every answer checked, memory flat
 	SOAK_SECONDS=1800 $(TEST_ENV) $(BIN)/python -m pytest tests/server/test_soak.py -q
+
+chaos: $(VENV)/.installed-dev ## the fault tests at length: writers killed at random, payloads fuzzed
+	CHAOS_ROUNDS=50 FUZZ_EXAMPLES=10000 $(TEST_ENV) $(BIN)/python -m pytest -q \
+		tests/rectokens/artifacts tests/rectokens/prompt_embeds
 
 bench: $(VENV)/.installed-server ## the engine against Hugging Face generate, on this machine
 	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --no-serve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -48,6 +48,7 @@ class CatalogConfig:
         has_prior: whether items carry a prior.
         metadata_columns: names, in order.
         constraint_sets: number of items of each named set.
+        predicates: the condition that defines a set, by name; not every set has one.
     """
 
     tokenizer_fingerprint: str
@@ -59,10 +60,11 @@ class CatalogConfig:
     has_prior: bool
     metadata_columns: tuple[str, ...]
     constraint_sets: dict[str, int]
+    predicates: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``catalog.json``."""
-        return {
+        content: dict[str, Any] = {
             "format": {"name": _FORMAT_NAME, "version": _FORMAT_VERSION},
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "collision_policy": self.collision_policy,
@@ -74,6 +76,8 @@ class CatalogConfig:
             "metadata_columns": list(self.metadata_columns),
             "constraint_sets": self.constraint_sets,
         }
+        # Only where there are some, so that a catalog without any reads as it always did.
+        return {**content, "predicates": self.predicates} if self.predicates else content
 
     @classmethod
     def from_json(cls, fields: JsonObject) -> CatalogConfig:
@@ -97,9 +101,21 @@ class CatalogConfig:
             has_prior=fields.boolean("has_prior"),
             metadata_columns=fields.strings("metadata_columns"),
             constraint_sets={n: sets.integer(n, 0, _MAX_COUNT) for n in sets.names()},
+            predicates=_predicates(fields),
         )
         fields.done()
         return config
+
+
+def _predicates(fields: JsonObject) -> dict[str, str]:
+    if "predicates" not in fields.names():
+        return {}
+    found = fields.child("predicates")
+    known = fields.child("constraint_sets").names()
+    for name in found.names():
+        if name not in known:
+            raise ArtifactError(f"{found.where}: {name!r} is not among the constraint sets")
+    return {name: found.string(name) for name in found.names()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,12 +49,26 @@ def read_json(path: Path, *, finite: bool = True) -> JsonObject:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_JSON_BYTES:
         raise ArtifactError(f"{path} is larger than the {MAX_JSON_BYTES} bytes allowed")
+    return parse_json(data, str(path), finite=finite)
+
+
+def parse_json(data: bytes, where: str, *, finite: bool = True) -> JsonObject:
+    """Parse the bytes of a JSON object that repeats no key.
+
+    Args:
+        data: the bytes.
+        where: what they are, for messages.
+        finite: refuse NaN and infinities, which are not JSON though other writers emit them.
+
+    Raises:
+        ArtifactError: not UTF-8, not JSON, or not an object.
+    """
     constant = _refuse_constant if finite else float
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    return JsonObject(value, str(path))
+        raise ArtifactError(f"{where} is not valid JSON: {error}") from error
+    return JsonObject(value, where)
 
 
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

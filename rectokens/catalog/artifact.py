@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,19 +64,23 @@ def save_catalog(
 
     Raises:
         ArtifactError: ``numbers`` are not finite, or that version exists and is damaged.
+        OSError: a file cannot be written, for example because the disk is full; nothing is left.
     """
 
     def populate(folder: Path) -> None:
-        _items_table(catalog).write_parquet(folder / ITEMS_NAME, compression="zstd")
+        with _writing(folder / ITEMS_NAME) as path:
+            _items_table(catalog).write_parquet(path, compression="zstd")
         trie = catalog.trie
         arrays = {
             "row_ptrs": trie.row_ptrs,
             "codes": trie.codes.view(torch.uint16),
             "leaf_item_ptrs": trie.leaf_item_ptrs,
         }
-        save_file({name: a.contiguous() for name, a in arrays.items()}, folder / TRIE_NAME)
+        with _writing(folder / TRIE_NAME) as path:
+            save_file({name: a.contiguous() for name, a in arrays.items()}, path)
         if catalog.constraint_sets:
-            save_file(dict(catalog.constraint_sets), folder / SETS_NAME)
+            with _writing(folder / SETS_NAME) as path:
+                save_file(dict(catalog.constraint_sets), path)
         write_json(folder / CATALOG_NAME, _config_of(catalog).to_json())
 
     return write_artifact(
@@ -135,6 +140,7 @@ def load_catalog(path: Path, *, verify_checksums: bool = True) -> Catalog:
         metadata=items.select(config.metadata_columns) if config.metadata_columns else None,
         constraint_sets=MappingProxyType(_read_sets(artifact)),
         index=index,
+        predicates=MappingProxyType(dict(sorted(config.predicates.items()))),
     )
 
 
@@ -151,6 +157,15 @@ def read_trie(artifact: CatalogArtifact) -> CatalogTrie:
     return checked_trie(
         arrays["row_ptrs"], arrays["codes"], arrays["leaf_item_ptrs"], artifact.config, str(path)
     )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Let a writer's own kind of error be the OSError that it stands for."""
+    try:
+        yield path
+    except (pl.exceptions.PolarsError, SafetensorError) as error:
+        raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _items_table(catalog: Catalog) -> pl.DataFrame:
@@ -183,6 +198,7 @@ def _config_of(catalog: Catalog) -> CatalogConfig:
         has_prior=catalog.prior is not None,
         metadata_columns=tuple(catalog.metadata.columns) if catalog.metadata is not None else (),
         constraint_sets={n: items.numel() for n, items in catalog.constraint_sets.items()},
+        predicates=dict(catalog.predicates),
     )
 
 

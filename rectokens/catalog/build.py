@@ -62,9 +62,9 @@ def build_catalog(
     if not tokenizer_fingerprint:
         raise ValueError("tokenizer_fingerprint is empty; a catalog belongs to a tokenizer")
     ids = check_item_ids(item_ids)
-    ranked_by = _check_prior(prior, len(ids))
+    ranked_by = check_prior(prior, len(ids))
     _check_metadata(metadata, len(ids))
-    rows = _check_codes(codes, len(ids), codebook_size)
+    rows = check_codes(codes, len(ids), codebook_size)
     # Before ranking: two equal ids would be a tie that nothing breaks.
     require_distinct(ItemIndex(ids))
 
@@ -73,8 +73,7 @@ def build_catalog(
     ids, rows = ids[picks].rechunk(), rows[order]
     if policy == "extra_level":
         rows = add_rank_level(rows, starts, codebook_size, ids)
-    trie, unchanged = CatalogTrie.from_codes(rows, codebook_size)
-    assert torch.equal(unchanged, torch.arange(len(ids)))  # ranked rows are sorted already
+    trie = CatalogTrie.from_sorted_codes(rows, codebook_size)
 
     index = ItemIndex(ids)
     sets = resolve_constraint_sets(constraint_sets or {}, index)
@@ -120,7 +119,13 @@ def check_item_ids(item_ids: Sequence[str] | pl.Series) -> pl.Series:
     return ids.alias("item_id").rechunk()
 
 
-def _check_codes(codes: Tensor | NDArray[np.integer], num_items: int, codebook_size: int) -> Tensor:
+def check_codes(codes: Tensor | NDArray[np.integer], num_items: int, codebook_size: int) -> Tensor:
+    """The codes as int64 (N, L) on the CPU.
+
+    Raises:
+        ValueError: other types or shapes, another number of rows than ``num_items``, a code out
+            of range; names its row.
+    """
     if not 1 <= codebook_size <= MAX_CODEBOOK_SIZE:
         raise ValueError(f"codebook_size is {codebook_size}; allowed are 1 to {MAX_CODEBOOK_SIZE}")
     rows = torch.as_tensor(codes)
@@ -141,9 +146,14 @@ def _check_codes(codes: Tensor | NDArray[np.integer], num_items: int, codebook_s
     return rows
 
 
-def _check_prior(
+def check_prior(
     prior: Tensor | Sequence[float] | pl.Series | None, num_items: int
 ) -> Tensor | None:
+    """The prior as float32 (N,) on the CPU, None for none.
+
+    Raises:
+        ValueError: another shape or type, or a value that is missing or not finite; names its row.
+    """
     if prior is None:
         return None
     if isinstance(prior, pl.Series):

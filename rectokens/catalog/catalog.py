@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
@@ -38,6 +39,8 @@ class Catalog:
         metadata: N rows of the caller's columns, or None.
         constraint_sets: by name, int64 (X,) item indices, sorted, distinct.
         index: of ``item_ids``; made here unless given.
+        predicates: by name, the condition that defines a constraint set; sets without one are
+            lists of items.
 
     Raises:
         ValueError: an item id occurs twice.
@@ -52,6 +55,7 @@ class Catalog:
     metadata: pl.DataFrame | None
     constraint_sets: Mapping[str, Tensor]
     index: ItemIndex | None = field(default=None, repr=False)
+    predicates: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     _prefixes: PrefixCache = field(default_factory=PrefixCache, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -154,35 +154,48 @@ class CatalogTrie:
         Raises:
             ValueError: wrong shape, no rows, or a code out of range.
         """
-        if codes.ndim != 2 or codes.shape[1] < 1:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (N, L) with L >= 1")
-        if codes.shape[0] < 1:
-            raise ValueError("codes have no rows; a catalog needs at least one item")
-        if not 1 <= codebook_size <= _UINT16:
-            raise ValueError(f"codebook_size is {codebook_size}; allowed are 1 to {_UINT16}")
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= codebook_size:
-            raise ValueError(
-                f"codes span {low} to {high}; allowed are 0 to {codebook_size - 1} "
-                f"for codebook_size {codebook_size}"
-            )
-        if codes.shape[0] >= 2**31:
-            raise ValueError(f"catalog has {codes.shape[0]} items; at most {2**31 - 1}")
+        _check_rows(codes, codebook_size)
+        order = lexicographic_order(codes, codebook_size)
+        return cls.from_sorted_codes(codes[order], codebook_size), order
 
+    @classmethod
+    def from_sorted_codes(cls, codes: Tensor, codebook_size: int) -> CatalogTrie:
+        """Build the trie of semantic IDs that are in lexicographic order already.
+
+        Args:
+            codes: integer (N, L), N >= 1, values in [0, K), rows ascending, repeats allowed.
+            codebook_size: K, at most 65,536.
+
+        Raises:
+            ValueError: as :meth:`from_codes`; or a row that comes before the one above it.
+        """
+        _check_rows(codes, codebook_size)
         num_items, num_levels = codes.shape
         device = codes.device
-        order = lexicographic_order(codes, codebook_size)
-        ranked = codes[order]
 
         # A prefix of length d starts where any of the first d codes differs from the row above.
         starts = torch.zeros(num_items, dtype=torch.bool, device=device)
         starts[0] = True
-        level_codes, level_rows = [], []
+        level_codes, level_rows, level_first, max_children = [], [], [], []
+        parents = torch.zeros(1, dtype=torch.long, device=device)
         for level in range(num_levels):
-            column = ranked[:, level]
+            column = codes[:, level].contiguous()
+            descends = (column[1:] < column[:-1]) & ~starts[1:]
+            if bool(descends.any()):
+                row = int(descends.nonzero()[0, 0]) + 1
+                raise ValueError(
+                    f"codes of row {row} come before those of row {row - 1}; rows must be in "
+                    "lexicographic order"
+                )
             starts[1:] |= column[1:] != column[:-1]
             rows = starts.nonzero().squeeze(1)
             level_rows.append(rows)
+            # Parents start where children start too, so a running count finds their first child.
+            first = (starts.cumsum(0, dtype=torch.int32) - 1)[parents]
+            closing = torch.tensor([rows.numel()], device=device)
+            max_children.append(int(torch.diff(first, append=closing.int()).max()))
+            level_first.append(first)
+            parents = rows
             level_codes.append(column[rows].to(torch.int32).to(torch.int16))
 
         counts = [1] + [rows.numel() for rows in level_rows]
@@ -193,20 +206,13 @@ class CatalogTrie:
             raise ValueError(f"trie has {offsets[-1]} nodes; at most {2**31 - 1}")
 
         row_ptrs = torch.empty(offsets[-2] + 1, dtype=torch.int32, device=device)
-        max_children = []
-        parents = torch.zeros(1, dtype=torch.long, device=device)
-        for level in range(num_levels):
-            rows = level_rows[level]
-            # First edge of each node of this depth: where its first row lies among the children.
-            first = torch.searchsorted(rows, parents)
-            row_ptrs[offsets[level] : offsets[level + 1]] = (first + offsets[level + 1] - 1).int()
-            closing = torch.tensor([rows.numel()], device=device)
-            max_children.append(int(torch.diff(first, append=closing).max()))
-            parents = rows
+        for level, first in enumerate(level_first):
+            # First edge of each node of this depth.
+            row_ptrs[offsets[level] : offsets[level + 1]] = first + (offsets[level + 1] - 1)
         row_ptrs[-1] = offsets[-1] - 1
 
         closing = torch.tensor([num_items], device=device)
-        trie = cls(
+        return cls(
             row_ptrs=row_ptrs,
             codes=torch.cat(level_codes),
             leaf_item_ptrs=torch.cat([level_rows[-1], closing]).to(torch.int32),
@@ -214,7 +220,24 @@ class CatalogTrie:
             codebook_size=codebook_size,
             max_children=tuple(max_children),
         )
-        return trie, order
+
+
+def _check_rows(codes: Tensor, codebook_size: int) -> None:
+    """Refuse codes that no trie can be made of."""
+    if codes.ndim != 2 or codes.shape[1] < 1:
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (N, L) with L >= 1")
+    if codes.shape[0] < 1:
+        raise ValueError("codes have no rows; a catalog needs at least one item")
+    if not 1 <= codebook_size <= _UINT16:
+        raise ValueError(f"codebook_size is {codebook_size}; allowed are 1 to {_UINT16}")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(
+            f"codes span {low} to {high}; allowed are 0 to {codebook_size - 1} "
+            f"for codebook_size {codebook_size}"
+        )
+    if codes.shape[0] >= 2**31:
+        raise ValueError(f"catalog has {codes.shape[0]} items; at most {2**31 - 1}")
 
 
 def lexicographic_order(codes: Tensor, codebook_size: int) -> Tensor:

@@ -1,0 +1,301 @@
+"""A store of releases in an object store, through fsspec, with a folder as local cache.
+
+Object stores rename by copying and have no locks, so nothing here rests on either: an artifact is
+there once its manifest is, which is written last; an activation is an object of its own, named by
+its number and written only if there is none of that name, so of two processes exactly one is first.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rectokens.artifacts.activation import Activation, from_line, to_line
+from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.files import flush_folder, fsync_folder, partial_sibling
+from rectokens.artifacts.json_fields import MAX_JSON_BYTES
+from rectokens.artifacts.manifest import (
+    ARTIFACT_KINDS,
+    MANIFEST_NAME,
+    ArtifactKind,
+    Manifest,
+    is_version,
+    open_artifact,
+    read_manifest,
+    remove_partials,
+)
+from rectokens.artifacts.store import ArtifactStore, kind_folder
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+ACTIVATIONS = "activations"
+_DIGITS = 12
+
+
+class RemoteStorage:
+    """See :class:`~rectokens.artifacts.storage.Storage`."""
+
+    def __init__(self, filesystem: AbstractFileSystem, prefix: str, cache: Path) -> None:
+        """Open, or begin, a store.
+
+        Args:
+            filesystem: an fsspec file system whose ``pipe_file`` knows ``mode="create"`` (checked
+                before the first activation).
+            prefix: path of the store in it, bucket included.
+            cache: local folder that versions are downloaded to; several processes may share it.
+        """
+        self.local = ArtifactStore(Path(cache))
+        self.local.root.mkdir(parents=True, exist_ok=True)
+        self._fs: Any = filesystem
+        self._prefix = prefix.rstrip("/")
+        self._creates_exclusively = False
+
+    def versions(self, kind: ArtifactKind) -> list[str]:
+        """See ``Storage.versions``."""
+        names = [name for name in self._list(kind_folder(kind)) if is_version(name)]
+        return sorted(n for n in names if self._fs.exists(self._path(kind, n, MANIFEST_NAME)))
+
+    def manifest(self, kind: ArtifactKind, version: str) -> Manifest:
+        """See ``Storage.manifest``."""
+        partial = self._partial(kind)
+        try:
+            return self._download_manifest(kind, version, partial)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def fetch(self, kind: ArtifactKind, version: str) -> Path:
+        """See ``Storage.fetch``: downloads to the cache what is not there, or there damaged."""
+        target = self.local.path(kind, version)
+        if not self._fs.exists(self._path(kind, version, MANIFEST_NAME)):
+            raise ArtifactError(f"{self._describe(kind, version)} does not exist")
+        if target.exists():
+            try:
+                if open_artifact(target, kind).version == version:
+                    return target
+            except ArtifactError:
+                pass
+            self._discard(target)
+        partial = self._partial(kind)
+        try:
+            manifest = self._download_manifest(kind, version, partial)
+            for name, entry in manifest.files.items():
+                source = self._path(kind, version, name)
+                self._require_size(source, entry.size)
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(source, str(partial / name))
+            try:
+                open_artifact(partial, kind)
+            except ArtifactError as error:
+                raise ArtifactError(
+                    f"{self._describe(kind, version)} is damaged, or was on its way here: {error}"
+                ) from error
+            flush_folder(partial)
+            try:
+                partial.rename(target)
+            except OSError:
+                # Another process was quicker; what it brought is as good as ours.
+                open_artifact(target, kind)
+            fsync_folder(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+    def publish(self, kind: ArtifactKind, version: str) -> None:
+        """See ``Storage.publish``: uploads the files, then the manifest."""
+        folder = self.local.path(kind, version)
+        manifest = open_artifact(folder, kind)
+        if manifest.version != version:
+            raise ArtifactError(f"{folder} holds {kind} version {manifest.version}")
+        marker = self._path(kind, version, MANIFEST_NAME)
+        if self._fs.exists(marker):
+            return
+        self._fs.makedirs(self._path(kind, version), exist_ok=True)
+        for name, entry in manifest.files.items():
+            target = self._path(kind, version, name)
+            if "/" in name:
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(folder / name), target)
+            self._require_size(target, entry.size)
+        self._fs.pipe_file(marker, (folder / MANIFEST_NAME).read_bytes())
+
+    def remove(self, kind: ArtifactKind, version: str) -> None:
+        """See ``Storage.remove``: the manifest first, then the rest; the cached copy too."""
+        folder = self._path(kind, version)
+        marker = self._path(kind, version, MANIFEST_NAME)
+        if self._fs.exists(marker):
+            self._fs.rm_file(marker)
+        if self._fs.exists(folder):
+            self._fs.rm(folder, recursive=True)
+        self._discard(self.local.path(kind, version))
+
+    def clean(self, older_than_s: float) -> list[str]:
+        """See ``Storage.clean``; also drops cached versions that the store has no more."""
+        removed = []
+        for kind in ARTIFACT_KINDS:
+            whole = set(self.versions(kind))
+            for name in self._list(kind_folder(kind)):
+                if is_version(name) and name not in whole:
+                    folder = self._path(kind, name)
+                    if self._age_s(folder) >= older_than_s:
+                        self._fs.rm(folder, recursive=True)
+                        removed.append(folder)
+            cached = self.local.folder(kind)
+            for name in self.local.versions(kind):
+                # A version in the making lies here before it is in the store.
+                age_s = datetime.now(UTC).timestamp() - (cached / name).stat().st_mtime
+                if name not in whole and age_s >= older_than_s:
+                    self._discard(cached / name)
+                    removed.append(str(cached / name))
+            removed += map(str, remove_partials(cached, older_than_s=older_than_s))
+        for number in self._numbers():
+            # Half written, on a file system that is no object store: it would block its number.
+            path = self._record_path(number)
+            if self._record(number) is None and self._age_s(path) >= older_than_s:
+                self._fs.rm_file(path)
+                removed.append(path)
+        return removed
+
+    def current(self) -> Activation | None:
+        """See ``Storage.current``."""
+        for number in sorted(self._numbers(), reverse=True):
+            record = self._record(number)
+            if record is not None:
+                return record
+        return None
+
+    def history(self) -> list[Activation]:
+        """See ``Storage.history``."""
+        records = (self._record(number) for number in sorted(self._numbers()))
+        return [record for record in records if record is not None]
+
+    def commit(self, activation: Activation) -> bool:
+        """See ``Storage.commit``."""
+        self._require_exclusive_create()
+        if any(number >= activation.sequence for number in self._numbers()):
+            return False
+        return self._create(self._record_path(activation.sequence), to_line(activation))
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """See ``Storage.exclusive``."""
+        yield
+
+    def _path(self, kind: ArtifactKind, version: str, name: str = "") -> str:
+        self.local.path(kind, version)  # refuses what is no version
+        return "/".join(filter(None, (self._prefix, kind_folder(kind), version, name)))
+
+    def _describe(self, kind: ArtifactKind, version: str) -> str:
+        return f"{kind} {version} in {self._fs.unstrip_protocol(self._prefix)}"
+
+    def _list(self, folder: str) -> list[str]:
+        path = f"{self._prefix}/{folder}"
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(name).rstrip("/").rpartition("/")[2] for name in found]
+
+    def _partial(self, kind: ArtifactKind) -> Path:
+        folder = self.local.folder(kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = partial_sibling(folder)
+        partial.mkdir()
+        return partial
+
+    def _download_manifest(self, kind: ArtifactKind, version: str, folder: Path) -> Manifest:
+        path = self._path(kind, version, MANIFEST_NAME)
+        if not self._fs.exists(path):
+            raise ArtifactError(f"{self._describe(kind, version)} does not exist")
+        if self._fs.info(path)["size"] > MAX_JSON_BYTES:
+            raise ArtifactError(f"{path} is larger than the {MAX_JSON_BYTES} bytes allowed")
+        (folder / MANIFEST_NAME).write_bytes(self._fs.cat_file(path))
+        try:
+            manifest = read_manifest(folder)
+        except ArtifactError as error:
+            raise ArtifactError(f"{self._describe(kind, version)}: {error}") from error
+        if (manifest.kind, manifest.version) != (kind, version):
+            raise ArtifactError(f"{path} is of {manifest.kind} version {manifest.version}")
+        return manifest
+
+    def _require_size(self, path: str, size: int) -> None:
+        # Before a download, so that a manifest never makes a cache take more than it says.
+        try:
+            found = self._fs.info(path)["size"]
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path} is missing; the manifest lists it") from error
+        if found != size:
+            raise ArtifactError(f"{path} has {found} bytes; the manifest says {size}")
+
+    def _discard(self, path: Path) -> None:
+        if not path.exists():
+            return
+        doomed = partial_sibling(path.parent)
+        try:
+            path.rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _age_s(self, folder: str) -> float:
+        """Seconds since anything below was written; 0 where the file system does not say."""
+        try:
+            times = [self._fs.modified(path) for path in self._fs.find(folder)]
+        except (NotImplementedError, FileNotFoundError):
+            return 0.0
+        newest = max((t if t.tzinfo else t.replace(tzinfo=UTC) for t in times), default=None)
+        return float("inf") if newest is None else (datetime.now(UTC) - newest).total_seconds()
+
+    def _numbers(self) -> list[int]:
+        names = (n.removesuffix(".json") for n in self._list(ACTIVATIONS) if n.endswith(".json"))
+        return [int(name) for name in names if name.isascii() and name.isdigit()]
+
+    def _record_path(self, number: int) -> str:
+        return f"{self._prefix}/{ACTIVATIONS}/{number:0{_DIGITS}d}.json"
+
+    def _record(self, number: int) -> Activation | None:
+        """A record; None for one whose writer was cut off (where writing is not atomic)."""
+        path = self._record_path(number)
+        try:
+            record = from_line(self._fs.cat_file(path), path)
+        except (ArtifactError, FileNotFoundError):
+            return None
+        return record if record.sequence == number else None
+
+    def _create(self, path: str, data: bytes) -> bool:
+        try:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        self._fs.invalidate_cache()
+        return True
+
+    def _require_exclusive_create(self) -> None:
+        """Find out once whether the file system keeps a second writer from a name."""
+        if self._creates_exclusively:
+            return
+        probe = f"{self._prefix}/{ACTIVATIONS}/probe-{secrets.token_hex(8)}"
+        try:
+            works = self._create(probe, b"1") and not self._create(probe, b"2")
+        except (TypeError, NotImplementedError, ValueError) as error:
+            raise ArtifactError(_no_exclusive_create(self._fs)) from error
+        finally:
+            if self._fs.exists(probe):
+                self._fs.rm_file(probe)
+        if not works:
+            raise ArtifactError(_no_exclusive_create(self._fs))
+        self._creates_exclusively = True
+
+
+def _no_exclusive_create(filesystem: Any) -> str:
+    return (
+        f"the file system {type(filesystem).__name__} cannot write an object only if there is none "
+        "of its name, which an activation rests on; update it, or keep the store in a folder"
+    )
