@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.json_fields import JsonObject, read_json
-from rectokens.artifacts.manifest import Manifest, open_artifact
+from rectokens.artifacts.manifest import Manifest, open_artifact, require_tokenizer
 
 CATALOG_NAME = "catalog.json"
 _FORMAT_NAME = "rectokens-catalog"
@@ -144,10 +144,5 @@ def load_catalog_manifest(path: Path, *, verify_checksums: bool = True) -> Catal
     if CATALOG_NAME not in manifest.files:
         raise ArtifactError(f"{path} lacks {CATALOG_NAME}, which a catalog artifact must have")
     config = CatalogConfig.from_json(read_json(path / CATALOG_NAME))
-    parent = manifest.parents.get("tokenizer")
-    if parent is not None and parent.fingerprint not in (None, config.tokenizer_fingerprint):
-        raise ArtifactError(
-            f"{path}: the manifest names tokenizer {parent.fingerprint}, {CATALOG_NAME} names "
-            f"{config.tokenizer_fingerprint}"
-        )
+    require_tokenizer(path, manifest, CATALOG_NAME, config.tokenizer_fingerprint)
     return CatalogArtifact(path=path, manifest=manifest, config=config)

@@ -35,6 +35,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         with open(partial, "rb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
         os.replace(partial, path)
         fsync_folder(path.parent)
@@ -81,9 +82,15 @@ def sha256_files(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush every file and folder below to the disk, and the folder itself."""
+    """Flush every file and folder below to the disk, and the folder itself.
+
+    Files get the permissions that the process's umask says: some writers make them private to
+    their owner, and a server is often another user.
+    """
+    mode = 0o666 & ~_umask()
     for name in names_below(folder, hidden=True):
         with open(folder / name, "rb") as file:
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
     for parent, _, _ in os.walk(folder):
         fsync_folder(Path(parent))
@@ -96,6 +103,12 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sha256(path: Path) -> str:

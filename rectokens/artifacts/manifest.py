@@ -369,3 +369,17 @@ def _read_parents(fields: JsonObject) -> dict[str, ParentRef]:
         )
         one.done()
     return parents
+
+
+def require_tokenizer(path: Path, manifest: Manifest, name: str, fingerprint: str) -> None:
+    """Check that a manifest's parent is the tokenizer that a file of the artifact names.
+
+    Raises:
+        ArtifactError: it names another, or none.
+    """
+    parent = manifest.parents.get("tokenizer")
+    found = None if parent is None else parent.fingerprint
+    if found != fingerprint:
+        raise ArtifactError(
+            f"{path}: the manifest names tokenizer {found or 'none'}, {name} names {fingerprint}"
+        )

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.json_fields import JsonObject, read_json, write_json
-from rectokens.artifacts.manifest import Manifest, ParentRef, open_artifact, write_artifact
+from rectokens.artifacts.manifest import (
+    Manifest,
+    ParentRef,
+    open_artifact,
+    require_tokenizer,
+    write_artifact,
+)
 from rectokens.prompts.recipe import PromptRecipe
 from rectokens.schemas.item_tokens import ItemTokens
 
@@ -226,12 +232,7 @@ def load_model_manifest(path: Path, *, verify_checksums: bool = True) -> ModelAr
     vocab_size = _vocab_size(path / "config.json")
     if vocab_size is not None:
         _require_vocabulary(spec, vocab_size, str(path / "config.json"))
-    parent = manifest.parents.get("tokenizer")
-    if parent is not None and parent.fingerprint not in (None, spec.tokenizer_fingerprint):
-        raise ArtifactError(
-            f"{path}: the manifest names tokenizer {parent.fingerprint}, {SPEC_NAME} names "
-            f"{spec.tokenizer_fingerprint}"
-        )
+    require_tokenizer(path, manifest, SPEC_NAME, spec.tokenizer_fingerprint)
     return ModelArtifact(path=path, manifest=manifest, spec=spec)
 
 

@@ -16,6 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain messages: scripts read them.
+    rich_markup_mode=None,
 )
 app.command("fit")(one_message(fit_command))
 app.command("encode")(one_message(encode_command))

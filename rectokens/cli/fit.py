@@ -43,7 +43,7 @@ def fit_command(
         int | None,
         typer.Option(help=f"Passes; default {_KMEANS.epochs} (rq-kmeans), {_RQVAE.epochs} (rqvae)"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of every random draw.")] = 42,
     style: Annotated[
         CodebookStyle | None,
         typer.Option(help=f"rq-kmeans: how codebooks are fitted; default {_KMEANS.style}"),

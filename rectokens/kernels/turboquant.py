@@ -10,8 +10,7 @@ two middle axes the tile passes through shared memory once. Programs stay and lo
 that matrices and signs are loaded once. `turboquant_launch` beside this chooses the shapes.
 """
 
-import triton
-import triton.language as tl
+from rectokens.kernels.optional_triton import tl, triton
 
 # Sums of squares in this range lost nothing to overflow or underflow of a single square.
 _SQUARES_LOW = tl.constexpr(1e-24)

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from rectokens._turboquant.assign import float32_boundaries, float32_centroids
 from rectokens._turboquant.codec import Rotation
 from rectokens._turboquant.signs import signs
+from rectokens.kernels.optional_triton import triton
 from rectokens.kernels.turboquant import decode_kernel, encode_kernel
 
 MIN_DIM = 16

@@ -69,7 +69,7 @@ def constrained_node_transition(
     check_same_device(trie, logits=logits, cur_node=cur_node)
     max_branches = branches_at(trie, constraint_state.step)
     next_node, valid_idxs, corrected = kernels.transition(
-        logits, trie.row_ptrs, trie.stacked_cols_vals, cur_node, max_branches
+        logits.detach(), trie.row_ptrs, trie.stacked_cols_vals, cur_node, max_branches
     )
     return next_node, valid_idxs, corrected
 
@@ -90,7 +90,7 @@ def fused_linear_constrained_node_transition(
     """
     _check_linear(a, b, constraint_state, bias)
     next_node, valid_idxs, logits = kernels.linear(
-        a, b, bias, *_trie_arguments(a, constraint_state)
+        *_detached(a, b, bias), *_trie_arguments(a, constraint_state)
     )
     return next_node, valid_idxs, logits
 
@@ -161,7 +161,9 @@ def draw_children(
     seed = _seed_tensor(rng_seed, a.device)
     scale = _temperature_tensor(temperature, a)
     return ChildChoices(
-        *kernels.sampling(a, b, bias, *_trie_arguments(a, constraint_state), k, scale, seed)
+        *kernels.sampling(
+            *_detached(a, b, bias), *_trie_arguments(a, constraint_state), k, scale, seed
+        )
     )
 
 
@@ -178,7 +180,14 @@ def rank_children(
     _check_linear(a, b, constraint_state, bias)
     _check_k(k)
     scale = _temperature_tensor(temperature, a)
-    return ChildChoices(*kernels.topk(a, b, bias, *_trie_arguments(a, constraint_state), k, scale))
+    return ChildChoices(
+        *kernels.topk(*_detached(a, b, bias), *_trie_arguments(a, constraint_state), k, scale)
+    )
+
+
+def _detached(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The ops have no gradient; results must not claim one."""
+    return a.detach(), b.detach(), None if bias is None else bias.detach()
 
 
 def _trie_arguments(a: Tensor, state: ConstraintState) -> tuple[Tensor, Tensor, Tensor, int]:

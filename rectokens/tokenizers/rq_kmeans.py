@@ -46,6 +46,7 @@ class RQKMeansTokenizer(ResidualTokenizer):
             [KMeansQuantizer(codebook_size, dim, seed=seed + level) for level in range(num_levels)]
         )
         self._fitted = False
+        self.register_load_state_dict_post_hook(_fitted_as_its_levels)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_codebooks(
@@ -148,3 +149,10 @@ class RQKMeansTokenizer(ResidualTokenizer):
             raise ValueError(f"{path} holds no RQ-KMeans tokenizer: {error}") from error
         tokenizer._fitted = bool(payload["fitted"])
         return tokenizer
+
+
+def _fitted_as_its_levels(tokenizer: RQKMeansTokenizer, _: object) -> None:
+    """A loaded state is fitted if every level's is; the attribute itself is not part of it."""
+    tokenizer._fitted = all(
+        isinstance(level, KMeansQuantizer) and level._fitted for level in tokenizer._rq.levels
+    )

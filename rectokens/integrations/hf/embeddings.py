@@ -19,7 +19,9 @@ def resize_and_initialize(
 ) -> None:
     """Give a model's embeddings and head one row per token of ``item_tokenizer``, in place.
 
-    Rows that the model has keep their values. ``"mean"`` leaves the new ones as
+    Rows of the source tokenizer's tokens keep their values; rows beyond them that the model had
+    as padding, fewer than are needed, are made anew. A head tied to the embeddings stays tied.
+    ``"mean"`` leaves the new ones as
     ``resize_token_embeddings`` makes them: transformers draws them from the mean and a tiny part
     of the covariance of the existing rows (Hewitt, "Initializing New Word Embeddings for
     Pretrained Language Models", 2021). ``"codebook"`` then overwrites the rows of the codes as
@@ -49,8 +51,16 @@ def resize_and_initialize(
 
     rows = int(item_tokenizer.vocab_size)
     model: Any = hf_model
+    tied = _is_tied(model)
     if any(weight.shape[0] != rows for weight in _weights(model)):
+        original = int(item_tokenizer.original_vocab_size)
+        if original < model.get_input_embeddings().weight.shape[0] < rows:
+            # Padding that the tokenizer never used, as in Qwen's checkpoints: were it kept, item
+            # tokens would start from rows that no training has touched.
+            model.resize_token_embeddings(original)
         model.resize_token_embeddings(rows)
+        if tied and not _is_tied(model):
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
         _fit_head(model.get_output_embeddings(), rows)
     found = [weight.shape[0] for weight in _weights(model)]
     if any(n != rows for n in found):
@@ -146,6 +156,11 @@ def _codebooks(item_tokenizer: Any) -> list[Tensor]:
                 f"there are tokens for {item_tokenizer.codebook_size}"
             )
     return codebooks
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _weights(model: Any) -> list[Tensor]:

@@ -262,12 +262,13 @@ class ItemAwareTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         return parts
 
     def build_item_trie(
-        self, catalog_codes: Tensor, dense_lookup_layers: int = 1
+        self, catalog_codes: Tensor | TokenSequence, dense_lookup_layers: int = 1
     ) -> CompactCSRTrie:
         """Trie of a catalog's semantic IDs, over this tokenizer's token ids.
 
         Args:
-            catalog_codes: integer (N, L), raw codes in [0, K), in any order, repeats allowed.
+            catalog_codes: integer (N, L), raw codes in [0, K), in any order, repeats allowed; or
+                the ``TokenSequence`` that ``encode`` gave.
             dense_lookup_layers: depths with a dense table, ``vocab_size ** depth`` entries each.
 
         Returns:
@@ -276,6 +277,8 @@ class ItemAwareTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         Raises:
             ValueError: wrong shape, or a code out of range.
         """
+        if isinstance(catalog_codes, TokenSequence):
+            catalog_codes = catalog_codes.codes
         codes = _checked_codes(catalog_codes, self.num_levels, self.codebook_size)
         levels = torch.arange(self.num_levels, device=codes.device)
         token_ids = codes + (self.original_vocab_size + levels * self.codebook_size)

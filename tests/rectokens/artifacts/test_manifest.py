@@ -283,3 +283,16 @@ def test_content_version_depends_on_names_and_content_only(artifact: Path):
     assert content_version(dict(reversed(files.items()))) == artifact.name
     renamed = {"z.txt" if name == "a.txt" else name: entry for name, entry in files.items()}
     assert content_version(renamed) != artifact.name
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path):
+    def populate(folder):
+        (folder / "private.bin").write_bytes(b"x")
+        (folder / "private.bin").chmod(0o600)
+
+    mask = os.umask(0o022)
+    try:
+        path = write_artifact(tmp_path, "catalog", populate)
+    finally:
+        os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o644}

@@ -11,7 +11,7 @@ import torch
 
 from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.json_fields import JsonObject
-from rectokens.artifacts.manifest import ParentRef, write_artifact
+from rectokens.artifacts.manifest import ParentRef, read_manifest, write_artifact
 from rectokens.artifacts.model import RetrievalSpec, load_model_manifest, save_model
 
 
@@ -29,7 +29,7 @@ def rewrite(folder: Path, root: Path, **files: str | bytes | None) -> Path:
             else:
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    return write_artifact(root, "model", populate)
+    return write_artifact(root, "model", populate, parents=read_manifest(folder).parents)
 
 
 def test_transformers_alone_loads_the_folder(model_folder: Path, causal_lm):

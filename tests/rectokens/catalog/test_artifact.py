@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rectokens.artifacts.catalog import load_catalog_manifest
 from rectokens.artifacts.errors import ArtifactError
-from rectokens.artifacts.manifest import ParentRef, open_artifact, write_artifact
+from rectokens.artifacts.manifest import ParentRef, open_artifact, read_manifest, write_artifact
 from rectokens.catalog.artifact import load_catalog, save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.catalog.catalog import Catalog
@@ -183,7 +183,7 @@ def tampered(folder: Path, root: Path, *, trie=None, sets=None, items=None, conf
             config(content)
             (target / "catalog.json").write_text(json.dumps(content))
 
-    return write_artifact(root, "catalog", populate)
+    return write_artifact(root, "catalog", populate, parents=read_manifest(folder).parents)
 
 
 def put(name: str, place: int, value: int):

@@ -11,7 +11,7 @@ import torch
 
 from rectokens.artifacts.catalog import load_catalog_manifest
 from rectokens.artifacts.errors import ArtifactError
-from rectokens.artifacts.manifest import write_artifact
+from rectokens.artifacts.manifest import read_manifest, write_artifact
 from rectokens.catalog.artifact import load_catalog, save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.catalog.catalog import Catalog
@@ -101,4 +101,5 @@ def test_a_definition_without_its_set_is_refused(catalog: Catalog, tmp_path: Pat
         (target / "catalog.json").write_text(json.dumps(content))
 
     with pytest.raises(ArtifactError, match="'other' is not among the constraint sets"):
-        load_catalog(write_artifact(tmp_path / "y", "catalog", tampered))
+        parents = read_manifest(folder).parents
+        load_catalog(write_artifact(tmp_path / "y", "catalog", tampered, parents=parents))

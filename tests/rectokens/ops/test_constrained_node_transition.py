@@ -314,3 +314,13 @@ def test_refusals():
         sampling(a, b, state(2), rng_seed=torch.ones(2))
     with pytest.raises(ValueError, match="logits has shape"):
         constrained_node_transition(torch.ones(2, 1, 6), state(2))
+
+
+def test_results_claim_no_gradient():
+    trie = CompactCSRTrie.from_sorted_batch(torch.tensor([[0], [2]]), 5, 1)
+    state = ConstraintState(0, trie, torch.zeros(2, dtype=torch.long))
+    a = torch.randn(2, 3, requires_grad=True)
+    b = torch.randn(3, 5, requires_grad=True)
+    assert not fused_linear_constrained_node_transition(a, b, state)[2].requires_grad
+    assert not fused_linear_constrained_node_transition_topk(a, b, state, 2)[2].requires_grad
+    assert not constrained_node_transition(a @ b, state)[2].requires_grad

@@ -212,3 +212,15 @@ def test_from_codebooks():
         RQKMeansTokenizer.from_codebooks([], [])
     with pytest.raises(ValueError, match="2 counts"):
         RQKMeansTokenizer.from_codebooks(source.codebooks, counts[:2])
+
+
+def test_a_loaded_state_is_fitted():
+    vectors = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    fitted = RQKMeansTokenizer(2, 4, 6).fit_step(vectors)
+    other = RQKMeansTokenizer(2, 4, 6)
+    other.load_state_dict(fitted.state_dict())
+    assert torch.equal(other.encode(vectors).codes, fitted.encode(vectors).codes)
+    blank = RQKMeansTokenizer(2, 4, 6)
+    blank.load_state_dict(RQKMeansTokenizer(2, 4, 6).state_dict())
+    with pytest.raises(RuntimeError):
+        blank.encode(vectors)

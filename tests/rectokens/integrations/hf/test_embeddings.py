@@ -147,3 +147,32 @@ def test_with_the_librarys_tokenizers(make_model, text_tokenizer, make_tokenizer
     ids = aware.encode_sequence(list(vectors))
     first, second = (aware.item_tokens.encode(row) for row in codes)
     assert ids == [*first, aware.item_end_token_id, *second, aware.item_end_token_id]
+
+
+def test_padding_rows_are_made_anew_and_tokens_rows_kept(text_tokenizer, make_model):
+    aware = ItemAwareTokenizer(text_tokenizer, num_levels=3, codebook_size=50)
+    original = aware.original_vocab_size
+    model = make_model(original + 20)  # as Qwen pads its checkpoints
+    before = model.get_input_embeddings().weight.detach().clone()
+    resize_and_initialize(model, aware)
+    after = model.get_input_embeddings().weight.detach()
+    assert after.shape[0] == aware.vocab_size
+    torch.testing.assert_close(after[:original], before[:original])
+    assert (after[original : original + 20] != before[original:]).any(dim=1).all()
+
+
+def test_a_model_that_has_all_rows_already_is_left_alone(text_tokenizer, make_model):
+    aware = ItemAwareTokenizer(text_tokenizer, num_levels=3, codebook_size=5)
+    model = make_model(aware.vocab_size)
+    before = model.get_input_embeddings().weight.detach().clone()
+    resize_and_initialize(model, aware)
+    torch.testing.assert_close(model.get_input_embeddings().weight.detach(), before)
+
+
+def test_a_bare_tied_model_stays_tied(text_tokenizer, make_bare):
+    aware = ItemAwareTokenizer(text_tokenizer, num_levels=3, codebook_size=5)
+    model = make_bare(len(text_tokenizer), tied=True, head=True, resizes_head=False)
+    resize_and_initialize(model, aware)
+    head = model.get_output_embeddings()
+    assert head.weight is model.get_input_embeddings().weight
+    assert head.out_features == head.weight.shape[0] == aware.vocab_size
