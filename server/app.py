@@ -7,18 +7,17 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
-from server.api import health, models, recommend
+from server.api import completions, health, models, recommend
 from server.api.handlers import install_error_handlers
-from server.api.middleware import (
-    REQUEST_ID_HEADER,
-    BodyLimitMiddleware,
-    RequestContextMiddleware,
-)
+from server.api.middleware import add_middleware
+from server.proxy.app import mounted_proxy_app
+from server.proxy.service import Proxy
 from server.release import ReleaseLoader
 from server.service import Service
 from server.settings import Settings
+
+PROXY_PATH = "/proxy"
 
 _DESCRIPTION = """Recommendations that a language model chose among the items of a catalog.
 
@@ -27,12 +26,15 @@ carries `X-Request-ID`, the caller's own if it sent a usable one.
 """
 
 
-def create_app(settings: Settings, load_release: ReleaseLoader) -> FastAPI:
+def create_app(
+    settings: Settings, load_release: ReleaseLoader, proxy: Proxy | None = None
+) -> FastAPI:
     """The app of one service.
 
     Args:
         settings: of the service.
         load_release: loads what is served; runs in the background once the app starts.
+        proxy: served below ``/proxy`` and stopped with the app; None for none.
 
     Returns:
         The app; ``app.state.service`` is its :class:`~server.service.Service`.
@@ -45,6 +47,8 @@ def create_app(settings: Settings, load_release: ReleaseLoader) -> FastAPI:
         try:
             yield
         finally:
+            if proxy is not None:
+                await proxy.stop()
             await service.stop()
 
     app = FastAPI(
@@ -56,24 +60,19 @@ def create_app(settings: Settings, load_release: ReleaseLoader) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in (recommend.router, models.router, health.router):
+    for router in (recommend.router, completions.router, models.router, health.router):
         app.include_router(router)
     install_error_handlers(app, service.metrics)
 
-    # The last one added is the outermost.
-    app.add_middleware(
-        BodyLimitMiddleware,
-        metrics=service.metrics,
+    max_bytes_below = {completions.PATH: settings.limits.max_completion_body_bytes}
+    if proxy is not None:
+        app.mount(PROXY_PATH, mounted_proxy_app(proxy))
+        max_bytes_below[f"{PROXY_PATH}/"] = settings.proxy.max_body_bytes
+    add_middleware(
+        app,
+        settings,
+        service.metrics,
         max_bytes=settings.limits.max_body_bytes,
-        timeout_s=settings.limits.body_timeout_s,
+        max_bytes_below=max_bytes_below,
     )
-    if settings.http.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.http.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Content-Type", REQUEST_ID_HEADER],
-            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
-        )
-    app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
     return app

@@ -1,4 +1,4 @@
-"""The command line: ``python -m server serve | demo | settings-doc``.
+"""The command line: ``python -m server serve | proxy | demo | settings-doc``.
 
 Commands import what they need when they run, so that ``--help`` and a refused setting are quick.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from server.flags import with_setting_flags
+from server.flags import proxy_fields, setting_flags, with_setting_flags
 from server.settings import Settings, SettingsError, load_settings
 
 USAGE_ERROR = 2
@@ -43,6 +43,32 @@ def serve(flags: dict[str, Any]) -> None:
     if settings.release is None and (settings.model is None or settings.catalog is None):
         fail("nothing to serve; give --model and --catalog, or --release", USAGE_ERROR)
     serve_until_signal(settings)
+
+
+@app.command()
+@setting_flags(proxy_fields())
+def proxy(flags: dict[str, Any]) -> None:
+    """Send prompts as compressed embeddings: --upstream URL --model DIR [--catalog DIR].
+
+    Takes OpenAI's completions and chats; holds the model's tokenizer and its input embeddings,
+    not the model. With a catalog, prompts may name items as <item:ID>.
+
+    Exit code: 0 after SIGTERM or SIGINT, 1 if the model, the catalog or the address cannot be
+    used, 2 for a setting that is unknown or not allowed.
+    """
+    settings = settings_or_exit(flags)
+    if settings.proxy.upstream is None or settings.model is None:
+        fail("nothing to send prompts to; give --upstream and --model", USAGE_ERROR)
+
+    from server.proxy.errors import ProxyError
+    from server.proxy.run import run_proxy
+    from server.run import ListenError
+
+    try:
+        code = run_proxy(settings)
+    except (ProxyError, ListenError) as error:
+        fail(str(error), 1)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -116,12 +142,18 @@ def serve_until_signal(
     settings: Settings, on_ready: Callable[[str], None] = lambda base_url: None
 ) -> NoReturn:
     """Serve what the settings name, then end with the service's exit code."""
-    from server.release import load_release
+    from server.proxy.errors import ProxyError
+    from server.release import ReleaseError, load_release, release_paths
     from server.run import ListenError, run_service
 
     try:
-        code = run_service(settings, lambda: load_release(settings), on_ready)
-    except ListenError as error:
+        mounted = None
+        if settings.with_proxy:
+            from server.proxy.service import load_proxy
+
+            mounted = load_proxy(settings, *release_paths(settings))
+        code = run_service(settings, lambda: load_release(settings), on_ready, mounted)
+    except (ListenError, ProxyError, ReleaseError) as error:
         fail(str(error), 1)
     raise typer.Exit(code)
 

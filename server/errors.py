@@ -34,6 +34,10 @@ class ErrorKind(StrEnum):
     DRAINING = "draining"
     ENGINE_DEAD = "engine_dead"
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    UPSTREAM_UNREACHABLE = "upstream_unreachable"
+    UPSTREAM_FAILED = "upstream_failed"
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"
+    UPSTREAM_TIMEOUT = "upstream_timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ _INVALID = "invalid_request_error"
 _OVERLOAD = "overloaded_error"
 _UNAVAILABLE = "unavailable_error"
 _SERVER = "server_error"
+_TIMEOUT = "timeout_error"
 
 ERROR_TABLE: dict[ErrorKind, ErrorSpec] = {
     ErrorKind.MALFORMED_JSON: ErrorSpec(400, _INVALID),
@@ -71,7 +76,11 @@ ERROR_TABLE: dict[ErrorKind, ErrorSpec] = {
     ErrorKind.LOADING: ErrorSpec(503, _UNAVAILABLE),
     ErrorKind.DRAINING: ErrorSpec(503, _UNAVAILABLE),
     ErrorKind.ENGINE_DEAD: ErrorSpec(503, _UNAVAILABLE),
-    ErrorKind.DEADLINE_EXCEEDED: ErrorSpec(504, "timeout_error"),
+    ErrorKind.DEADLINE_EXCEEDED: ErrorSpec(504, _TIMEOUT),
+    ErrorKind.UPSTREAM_UNREACHABLE: ErrorSpec(502, _SERVER),
+    ErrorKind.UPSTREAM_FAILED: ErrorSpec(502, _SERVER),
+    ErrorKind.UPSTREAM_UNAVAILABLE: ErrorSpec(503, _UNAVAILABLE),
+    ErrorKind.UPSTREAM_TIMEOUT: ErrorSpec(504, _TIMEOUT),
 }
 
 # What the framework itself answers knows a status only; the first kind with that status is it.

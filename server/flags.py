@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -14,16 +14,44 @@ from server.settings import SettingField, setting_fields
 
 
 def with_setting_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a typer command a flag for every setting.
+    """Give a typer command a flag for every setting; see :func:`setting_flags`."""
+    return setting_flags(dict.fromkeys(setting_fields(), ()))(command)
+
+
+def setting_flags(
+    fields: Mapping[SettingField, Sequence[str]],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a typer command flags for some settings.
 
     Args:
-        command: takes the keyword ``flags``: dotted setting name to what was typed (a string,
-            or a bool for a switch), None for flags that were not given. Its other parameters
-            stay options of their own.
+        fields: the settings, and further names of their flags without dashes in front.
+
+    Returns:
+        A decorator for a command that takes the keyword ``flags``: dotted setting name to what
+        was typed (a string, or a bool for a switch), None for flags that were not given. Its
+        other parameters stay options of their own.
 
     Values are left as typed, so that one place, ``load_settings``, checks and explains them.
     """
-    names = {field.path.replace(".", "__"): field for field in setting_fields()}
+    return lambda command: _with_flags(command, fields)
+
+
+def proxy_fields() -> dict[SettingField, Sequence[str]]:
+    """Settings that the proxy heeds as a process of its own; ``--proxy.name`` is ``--name`` too."""
+    shared = ("model", "catalog", "host", "port", "log_level", "drain_timeout_s")
+    fields: dict[SettingField, Sequence[str]] = {}
+    for field in setting_fields():
+        if field.group == "proxy":
+            fields[field] = (field.flag.removeprefix("--proxy."),)
+        elif field.path in shared or field.group == "http" or field.path == "limits.body_timeout_s":
+            fields[field] = ()
+    return fields
+
+
+def _with_flags(
+    command: Callable[..., Any], fields: Mapping[SettingField, Sequence[str]]
+) -> Callable[..., Any]:
+    names = {field.path.replace(".", "__"): field for field in fields}
 
     @functools.wraps(command)
     def with_flags(**options: Any) -> Any:
@@ -37,7 +65,10 @@ def with_setting_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
     generated = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(field)
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=_annotation(field, fields[field]),
         )
         for name, field in names.items()
     ]
@@ -62,11 +93,11 @@ def allowed_values(field: SettingField) -> tuple[str, ...]:
     return tuple(str(v) for v in get_args(field.info.annotation) if isinstance(v, str))
 
 
-def _annotation(field: SettingField) -> Any:
+def _annotation(field: SettingField, aliases: Sequence[str]) -> Any:
     switch = field.info.annotation is bool
-    flag = f"{field.flag}/{_negated(field.flag)}" if switch else field.flag
+    names = [field.flag, *(f"--{alias}" for alias in aliases)]
     option = typer.Option(
-        flag,
+        *(f"{name}/{_negated(name)}" if switch else name for name in names),
         help=_help(field),
         show_default=False,
         metavar=None if switch else _metavar(field),

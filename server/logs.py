@@ -52,6 +52,9 @@ def configure_logging(level: str) -> None:
     root.setLevel(level.upper())
     # Its information lines only repeat ours.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
+    # They write down headers, in which there are keys.
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _dumps(value: Any, **_: Any) -> str:

@@ -21,38 +21,63 @@ if TYPE_CHECKING:
     from server.release import Release
 
 # From an idle H200 to a saturated CPU, roughly doubling.
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _POWERS_OF_TWO = tuple(float(2**i) for i in range(15))
 
 
-class Metrics:
-    """All metrics, by name. Safe to use from any thread."""
+class HttpMetrics:
+    """What every app of ours counts: requests and errors. Safe to use from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: of the names of these metrics.
+    """
+
+    def __init__(self, prefix: str) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
         self._requests = Counter(
-            "rectokens_requests",
+            f"{prefix}_requests",
             "HTTP requests answered, by route and status.",
             ["route", "status"],
             registry=registry,
         )
         self._rejected = Counter(
-            "rectokens_rejected",
+            f"{prefix}_rejected",
             "Requests answered with an error, by its code.",
             ["reason"],
             registry=registry,
         )
         self._request_seconds = Histogram(
-            "rectokens_request_seconds",
+            f"{prefix}_request_seconds",
             "End-to-end time of a request, by route.",
             ["route"],
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=registry,
         )
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def request_finished(self, route: str, status: int, seconds: float) -> None:
+        """An HTTP request was answered (or its client had gone: 499)."""
+        self._requests.labels(route=route, status=str(status)).inc()
+        self._request_seconds.labels(route=route).observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """A request got an error."""
+        self._rejected.labels(reason=reason).inc()
+
+
+class Metrics(HttpMetrics):
+    """All metrics of the service, by name."""
+
+    def __init__(self) -> None:
+        super().__init__("rectokens")
+        registry = self.registry
         self._queue_seconds = _seconds(
             registry, "queue", "Time a request waited for the engine, one observation a request."
         )
@@ -99,10 +124,6 @@ class Metrics:
             "rectokens_catalog_items", "Items in the catalog being served.", registry=registry
         )
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus text format."""
-        return generate_latest(self.registry)
-
     def watch_queue(self, batcher: Batcher) -> None:
         """Report the batcher's queue depth whenever the metrics are read."""
         self._queued_requests.set_function(lambda: batcher.queued_requests)
@@ -118,15 +139,6 @@ class Metrics:
             tokenizer_fingerprint=release.spec.tokenizer_fingerprint,
         ).set(1)
         self._catalog_items.set(release.catalog.num_items)
-
-    def request_finished(self, route: str, status: int, seconds: float) -> None:
-        """An HTTP request was answered (or its client had gone: 499)."""
-        self._requests.labels(route=route, status=str(status)).inc()
-        self._request_seconds.labels(route=route).observe(seconds)
-
-    def rejected(self, reason: str) -> None:
-        """A request got an error."""
-        self._rejected.labels(reason=reason).inc()
 
     def answered(self, items: int, shortfall_reason: str | None) -> None:
         """A recommendation went out."""
@@ -148,4 +160,4 @@ class Metrics:
 
 
 def _seconds(registry: CollectorRegistry, what: str, help_text: str) -> Histogram:
-    return Histogram(f"rectokens_{what}_seconds", help_text, buckets=_SECONDS, registry=registry)
+    return Histogram(f"rectokens_{what}_seconds", help_text, buckets=SECONDS, registry=registry)

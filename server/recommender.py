@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,11 @@ import torch
 from torch import Tensor
 
 from rectokens.catalog.catalog import Catalog
+from rectokens.prompt_embeds import (
+    PromptEmbedsError,
+    PromptEmbedsTooLargeError,
+    load_prompt_embeds,
+)
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, TextPart
 from rectokens.schemas.search import Normalization, SearchRequest, SearchResult
 from server.batching.batcher import Batcher
@@ -31,6 +37,8 @@ _QUICK_IDS = 64
 _QUICK_CHARS = 2_000
 # Seeds the server draws stay exact in a client's float64.
 _DRAWN_SEED_BITS = 53
+_UNKNOWN_SHOWN = 5
+_NO_TOKENS = BuiltPrompt((), items_used=0, items_truncated=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,28 @@ class ItemRef:
     """An item of a history, by the caller's id."""
 
     item_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A whole prompt as token ids, start token at its end."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedsPrompt:
+    """A whole prompt as input embeddings, still as a stranger sent them.
+
+    Attributes:
+        data: see ``rectokens.prompt_embeds``.
+        max_tokens: most tokens it may hold.
+        max_bytes: most bytes it may have, after base64.
+    """
+
+    data: str
+    max_tokens: int
+    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +88,8 @@ class RecommendQuery:
         with_metadata: tell each item's metadata.
         with_level_scores: tell each item's score by level.
         deadline_s: monotonic time after which the answer is not wanted.
+        prompt: the whole prompt, ready; instead of ``parts``, which are then empty.
+        refuse_unknown_items: an item of ``parts`` that the catalog does not know is an error.
     """
 
     parts: tuple[ItemRef | TextPart, ...]
@@ -73,13 +105,16 @@ class RecommendQuery:
     with_metadata: bool
     with_level_scores: bool
     deadline_s: float
+    prompt: TokenPrompt | EmbedsPrompt | None = None
+    refuse_unknown_items: bool = False
 
     @property
     def is_quick(self) -> bool:
         """Whether turning it into a prompt takes well under a millisecond."""
         return (
+            not isinstance(self.prompt, EmbedsPrompt)
             # The first use of an intersection counts through the whole catalog.
-            len(self.constraint_sets) == 0
+            and len(self.constraint_sets) == 0
             and len(self.parts) + len(self.exclude_items) <= _QUICK_IDS
             and sum(len(p.text) for p in self.parts if isinstance(p, TextPart)) <= _QUICK_CHARS
         )
@@ -122,10 +157,14 @@ class Recommender:
         batcher: where searches queue.
         prepare_threads: threads for queries and answers that take long to turn into a prompt or
             out of item indices, so that the event loop stays free.
+        max_embeds: most prompts given as embeddings that are held at once. Beam rows do not
+            bound their memory.
     """
 
-    def __init__(self, batcher: Batcher, prepare_threads: int) -> None:
+    def __init__(self, batcher: Batcher, prepare_threads: int, max_embeds: int) -> None:
         self._batcher = batcher
+        self._max_embeds = max_embeds
+        self._embeds_held = 0
         self._pool = ThreadPoolExecutor(prepare_threads, thread_name_prefix="prepare")
 
     async def recommend(self, query: RecommendQuery, release: Release) -> Recommendation:
@@ -137,13 +176,35 @@ class Recommender:
         Raises:
             ServiceError: a value the release does not take, or no answer from the batcher.
         """
-        with self._batcher.admit(query.beam_width, query.deadline_s) as place:
+        with (
+            self._hold_embeds(query),
+            self._batcher.admit(query.beam_width, query.deadline_s) as place,
+        ):
             prepared = await self._call(query.is_quick, prepare, query, release)
             answer = await self._batcher.run(place, release, prepared.search)
         # Metadata is looked up row by row.
         quick = not query.with_metadata or len(answer.result.hits) <= _QUICK_IDS
         items = await self._call(quick, present, answer.result, query, release.catalog)
         return Recommendation(release, items, prepared, answer)
+
+    @contextmanager
+    def _hold_embeds(self, query: RecommendQuery) -> Iterator[None]:
+        if not isinstance(query.prompt, EmbedsPrompt):
+            yield
+            return
+        if self._embeds_held >= self._max_embeds:
+            raise ServiceError(
+                ErrorKind.OVERLOADED,
+                f"{self._embeds_held} prompts given as embeddings are waiting or running; "
+                f"at most {self._max_embeds}",
+                param=query.parts_param,
+                retry_after_s=1.0,
+            )
+        self._embeds_held += 1
+        try:
+            yield
+        finally:
+            self._embeds_held -= 1
 
     async def _call(self, quick: bool, function: Callable[..., T], *args: Any) -> T:
         """The function's result, on the event loop only if that is quick."""
@@ -161,13 +222,20 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
 
     Raises:
         ServiceError: no item of the history is known and there is no text, an unknown
-            constraint set, text for a model that takes none, or a prompt that is too long.
+            constraint set, text for a model that takes none, a prompt that is too long, or
+            token ids or embeddings that are not acceptable.
     """
     catalog = release.catalog
     ids = [part.item_id for part in query.parts if isinstance(part, ItemRef)]
     history = catalog.index_of(ids)
     parts, unknown = _known_parts(query, history, catalog)
-    prompt = _build_prompt(query, parts, release)
+    embeds = None
+    if isinstance(query.prompt, EmbedsPrompt):
+        prompt, embeds = _NO_TOKENS, _load_embeds(query.prompt, query.parts_param, release)
+    elif query.prompt is not None:
+        prompt = _check_tokens(query.prompt, query.parts_param, release)
+    else:
+        prompt = _build_prompt(query, parts, release)
     known = history[history >= 0]
     excluded = [known] if query.exclude_history else []
     if query.exclude_items:
@@ -182,6 +250,7 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
         normalization=query.normalization,
         excluded_items=_sorted_unique(excluded),
         allowed_prefix=_allowed_prefix(query.constraint_sets, catalog),
+        prompt_embeds=embeds,
     )
     return PreparedSearch(search, prompt, unknown)
 
@@ -216,6 +285,8 @@ def _known_parts(
             parts.append(ItemPart(tuple(next(codes))))
         else:
             unknown[part.item_id] = None
+    if unknown and query.refuse_unknown_items:
+        raise unknown_items_error(query.parts_param, catalog, list(unknown))
     if unknown and not parts:
         raise ServiceError(
             ErrorKind.NO_KNOWN_ITEMS,
@@ -226,19 +297,61 @@ def _known_parts(
     return parts, tuple(unknown)
 
 
+def unknown_items_error(param: str, catalog: Catalog, unknown: Sequence[str]) -> ServiceError:
+    """The error for items that a catalog does not have, where every one of them must be known."""
+    shown = ", ".join(map(repr, unknown[:_UNKNOWN_SHOWN]))
+    more = f" and {len(unknown) - _UNKNOWN_SHOWN} more" if len(unknown) > _UNKNOWN_SHOWN else ""
+    return invalid(param, f"items that catalog {catalog.version} does not have: {shown}{more}")
+
+
 def _build_prompt(query: RecommendQuery, parts: Sequence[Part], release: Release) -> BuiltPrompt:
     try:
         prompt = release.prompts.build(parts)
     except ValueError as error:
         raise invalid(query.parts_param, str(error)) from error
+    _check_length(len(prompt.token_ids), query.parts_param, release)
+    return prompt
+
+
+def _check_length(tokens: int, param: str, release: Release) -> None:
     limit = release.engine.max_prompt_tokens
-    if len(prompt.token_ids) > limit:
+    if tokens > limit:
         raise ServiceError(
             ErrorKind.PROMPT_TOO_LONG,
-            f"the prompt has {len(prompt.token_ids)} tokens; the model takes at most {limit}",
-            param=query.parts_param,
+            f"the prompt has {tokens} tokens; the model takes at most {limit}",
+            param=param,
         )
-    return prompt
+
+
+def _check_tokens(prompt: TokenPrompt, param: str, release: Release) -> BuiltPrompt:
+    ids = prompt.token_ids
+    _check_length(len(ids), param, release)
+    vocab_size = release.engine.vocab_size
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise invalid(param, f"token id {bad} is not one of the model's 0 to {vocab_size - 1}")
+    start = release.spec.item_tokens.start_token_id
+    if ids[-1] != start:
+        raise invalid(
+            param,
+            f"the prompt ends with token id {ids[-1]}; an item follows only token id {start}, "
+            "the item start token",
+        )
+    return BuiltPrompt(ids, items_used=0, items_truncated=0)
+
+
+def _load_embeds(prompt: EmbedsPrompt, param: str, release: Release) -> Tensor:
+    try:
+        return load_prompt_embeds(
+            prompt.data,
+            hidden_size=release.engine.hidden_size,
+            max_tokens=min(prompt.max_tokens, release.engine.max_prompt_tokens),
+            max_bytes=prompt.max_bytes,
+        )
+    except PromptEmbedsTooLargeError as error:
+        raise ServiceError(ErrorKind.PROMPT_TOO_LONG, str(error), param=param) from error
+    except PromptEmbedsError as error:
+        raise invalid(param, str(error)) from error
 
 
 def _allowed_prefix(names: Sequence[str], catalog: Catalog) -> Tensor | None:

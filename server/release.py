@@ -50,6 +50,7 @@ class Release:
         trie: the catalog's trie, on the engine's device.
         prompts: turns a history into a prompt, as in training.
         engine: the model; used by the engine thread only.
+        text_tokenizer: the model's, None for one that has none.
     """
 
     model_name: str
@@ -60,6 +61,7 @@ class Release:
     trie: CatalogTrie
     prompts: PromptBuilder
     engine: SearchEngine
+    text_tokenizer: Any = None
 
 
 ReleaseLoader = Callable[[], Release]
@@ -74,7 +76,7 @@ def load_release(settings: Settings) -> Release:
         ReleaseError: nothing or too much is named, an artifact is missing or damaged, model and
             catalog do not belong together, the recipe is unknown, or the model cannot search.
     """
-    model_path, catalog_path = _paths(settings)
+    model_path, catalog_path = release_paths(settings)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ReleaseError("--device is cuda, but torch finds no GPU; use auto or cpu")
     try:
@@ -86,7 +88,12 @@ def load_release(settings: Settings) -> Release:
         raise ReleaseError(str(error)) from error
 
 
-def _paths(settings: Settings) -> tuple[Path, Path]:
+def release_paths(settings: Settings) -> tuple[Path, Path]:
+    """Folders of the model and of the catalog that the settings name.
+
+    Raises:
+        ReleaseError: nothing or too much is named, or the release is damaged.
+    """
     if settings.release is not None:
         if settings.model is not None or settings.catalog is not None:
             raise ReleaseError(
@@ -109,7 +116,8 @@ def _load(settings: Settings, model_path: Path, catalog_path: Path) -> Release:
     if model.spec.tokenizer_fingerprint != config.tokenizer_fingerprint:
         _log.warning("serving a catalog of another tokenizer, as allow_mismatch says")
     catalog = load_catalog(catalog_path)
-    engine, prompts = _load_model(settings, model)
+    text_tokenizer = load_text_tokenizer(model)
+    engine, prompts = _load_model(settings, model, text_tokenizer)
     release = Release(
         model_name=settings.model_name,
         model_version=model.manifest.version,
@@ -119,12 +127,15 @@ def _load(settings: Settings, model_path: Path, catalog_path: Path) -> Release:
         trie=catalog.trie.to(engine.device),
         prompts=prompts,
         engine=engine,
+        text_tokenizer=text_tokenizer,
     )
     warm_up(release)
     return release
 
 
-def _load_model(settings: Settings, model: ModelArtifact) -> tuple[Engine, PromptBuilder]:
+def _load_model(
+    settings: Settings, model: ModelArtifact, text_tokenizer: Any
+) -> tuple[Engine, PromptBuilder]:
     """The model on its device, and the prompt builder that its recipe names."""
     # Here, because transformers takes seconds that a refused release should not cost.
     from transformers.utils import logging as transformers_logging
@@ -135,7 +146,7 @@ def _load_model(settings: Settings, model: ModelArtifact) -> tuple[Engine, Promp
     transformers_logging.disable_progress_bar()
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
-    prompts = prompt_builder(model.spec.prompt, model.spec.item_tokens, _text_tokenizer(model))
+    prompts = prompt_builder(model.spec.prompt, model.spec.item_tokens, text_tokenizer)
     engine = load_engine(
         model.path, model.spec.item_tokens, device=settings.device, dtype=settings.dtype
     )
@@ -158,7 +169,7 @@ def warm_up(release: Release) -> None:
         raise ReleaseError(f"the model cannot search the catalog: {result.message}")
 
 
-def _text_tokenizer(model: ModelArtifact) -> Any:
+def load_text_tokenizer(model: ModelArtifact) -> Any:
     """The model's text tokenizer, None where its folder holds none."""
     if "tokenizer.json" not in model.manifest.files:
         return None

@@ -7,14 +7,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.logs import configure_logging
+from server.proxy.service import Proxy
 from server.release import ReleaseError, ReleaseLoader
 from server.service import Service
 from server.settings import Settings
@@ -34,6 +36,7 @@ def run_service(
     settings: Settings,
     load_release: ReleaseLoader,
     on_ready: Callable[[str], None] = lambda base_url: None,
+    proxy: Proxy | None = None,
 ) -> int:
     """Serve until a signal; listens at once, ready when the release is loaded.
 
@@ -44,6 +47,7 @@ def run_service(
         settings: of the service.
         load_release: loads what is served.
         on_ready: called with the base URL once requests are answered.
+        proxy: served too, below ``/proxy``.
 
     Returns:
         Exit code: 0 after a signal, 1 if the release could not be loaded (said on stderr).
@@ -53,26 +57,18 @@ def run_service(
     """
     configure_logging(settings.log_level)
     listener = listen(settings.host, settings.port)
-    app = create_app(settings, load_release)
+    app = create_app(settings, load_release, proxy)
     service: Service = app.state.service
-    server = _GracefulServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=settings.http.keep_alive_s,
-            timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
-            # The app has no websockets.
-            ws="none",
-        ),
-        service,
-    )
-    service.on_load_failed = server.end
-    host, port = listener.getsockname()[:2]
-    service.on_ready = lambda: on_ready(_base_url(host, port))
-    _log.info("listening", host=host, port=port)
-    server.run(sockets=[listener])
+
+    async def drain(timeout_s: float) -> bool:
+        drains = [service.drain(timeout_s), *([] if proxy is None else [proxy.drain(timeout_s)])]
+        return all(await asyncio.gather(*drains))
+
+    def on_server(server: GracefulServer, base_url: str) -> None:
+        service.on_load_failed = server.end
+        service.on_ready = lambda: on_ready(base_url)
+
+    serve_app(app, settings, listener, drain, on_server)
     code = 0
     if service.load_error is not None:
         _report(service.load_error)
@@ -85,6 +81,41 @@ def run_service(
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def serve_app(
+    app: FastAPI,
+    settings: Settings,
+    listener: socket.socket,
+    drain: Callable[[float], Awaitable[bool]],
+    on_server: Callable[[GracefulServer, str], None] = lambda server, base_url: None,
+) -> None:
+    """Run an app on a socket until a signal.
+
+    Args:
+        app: with its lifespan.
+        settings: of HTTP.
+        listener: listening.
+        drain: begun at the first signal, with the seconds it may take; the app answers meanwhile.
+        on_server: told the server and its base URL before it begins.
+    """
+    server = GracefulServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=settings.http.keep_alive_s,
+            timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
+            # The app has no websockets.
+            ws="none",
+        ),
+        lambda: drain(settings.drain_timeout_s),
+    )
+    host, port = listener.getsockname()[:2]
+    on_server(server, _base_url(host, port))
+    _log.info("listening", host=host, port=port)
+    server.run(sockets=[listener])
 
 
 def _base_url(host: str, port: int) -> str:
@@ -114,12 +145,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _GracefulServer(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """uvicorn, but draining first: it keeps answering (``/ready`` says 503) until idle."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[bool]]) -> None:
         super().__init__(config)
-        self._service = service
+        self._drain_app = drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
 
@@ -154,7 +185,7 @@ class _GracefulServer(uvicorn.Server):
         self._drain = asyncio.ensure_future(self._drain_and_end())
 
     async def _drain_and_end(self) -> None:
-        await self._service.drain(self._service.settings.drain_timeout_s)
+        await self._drain_app()
         self.end()
 
 

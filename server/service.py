@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 
@@ -64,7 +64,9 @@ class Service:
             self.metrics,
         )
         self.metrics.watch_queue(self._batcher)
-        self._recommender = Recommender(self._batcher, batching.prepare_threads)
+        self._recommender = Recommender(
+            self._batcher, batching.prepare_threads, batching.max_queued_embeds
+        )
         self._load_release = load_release
         self._release: Release | None = None
         self._draining = False
@@ -127,6 +129,21 @@ class Service:
         reason = None if shortfall is None else shortfall.reason
         self.metrics.answered(len(recommendation.items), reason)
         return recommendation
+
+    async def recommend_all(
+        self, queries: Sequence[RecommendQuery], release: Release
+    ) -> list[Recommendation]:
+        """Answer several queries side by side, in their order; the first failure ends them all.
+
+        Raises:
+            ServiceError: see ``Recommender.recommend``.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.recommend(query, release)) for query in queries]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     def activate(self, release: Release) -> None:
         """Serve a release from now on; requests already admitted keep theirs."""

@@ -21,8 +21,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "RECTOKENS_"
 ENV_NESTED_DELIMITER = "__"
+# Another name of one setting, known from elsewhere; ours wins where both are set.
+COMPRESSION_ALIAS = "SGP_EMBEDDING_COMPRESSION"
 # Read by the tests and the demo, not by the service; never a mistake in its environment.
-FOREIGN_VARIABLES = frozenset({"RECTOKENS_DATA_DIR"})
+FOREIGN_VARIABLES = frozenset({"RECTOKENS_DATA_DIR", "RECTOKENS_TRACEBACK"})
 
 # The same as rectokens.schemas.search.Normalization, spelled out because that imports torch.
 NormalizationName = Literal["vocab", "level", "children"]
@@ -93,6 +95,17 @@ class LimitSettings(_Group):
     max_body_bytes: int = Field(
         default=1_048_576, ge=1_024, description="Largest request body, in bytes; more is a 413."
     )
+    max_completion_body_bytes: int = Field(
+        default=33_554_432,
+        ge=1_024,
+        description="Largest body of /v1/completions, in bytes; prompt embeddings are large.",
+    )
+    max_prompts: int = Field(
+        default=16, ge=1, description="Most prompts of one completion request."
+    )
+    max_embeds_tokens: int = Field(
+        default=8_192, ge=1, description="Most tokens of one prompt given as embeddings."
+    )
     body_timeout_s: float = Field(
         default=10.0,
         gt=0,
@@ -120,6 +133,12 @@ class BatchingSettings(_Group):
     max_queued_requests: int = Field(
         default=2_048, ge=1, description="Most requests waiting; one over it is a 429."
     )
+    max_queued_embeds: int = Field(
+        default=64,
+        ge=1,
+        description="Most prompts given as embeddings that are held at once, waiting or running; "
+        "one over it is a 429.",
+    )
     prepare_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that turn long requests into prompts."
     )
@@ -141,6 +160,66 @@ class HttpSettings(_Group):
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+        return value
+
+
+class ProxySettings(_Group):
+    """The prompt-embeds proxy. `python -m server proxy` takes its flags without `proxy.` too."""
+
+    upstream: str | None = Field(
+        default=None,
+        description="Base URL of the server that takes prompt_embeds, without /v1.",
+    )
+    embedding_compression: Literal["none", "turboquant"] = Field(
+        default="turboquant",
+        description="How embeddings travel: compressed, or plain for an upstream that cannot "
+        f"decode them. {COMPRESSION_ALIAS} is another name of the variable.",
+    )
+    embedding_bits: int = Field(
+        default=4, ge=1, le=8, description="Bits an element when compressed: 1, 2, 4 or 8."
+    )
+    accept_prompt_embeds: bool = Field(
+        default=False, description="Pass on prompt_embeds that a client made itself."
+    )
+    forward_authorization: bool = Field(
+        default=False, description="Pass on the client's Authorization header."
+    )
+    connect_timeout_s: float = Field(
+        default=5.0, gt=0, description="Time to connect to the upstream, in seconds."
+    )
+    read_timeout_s: float = Field(
+        default=120.0, gt=0, description="Longest silence of the upstream, in seconds."
+    )
+    max_in_flight: int = Field(
+        default=1_024, ge=1, description="Most requests in flight; one over it is a 429."
+    )
+    max_prompts: int = Field(default=32, ge=1, description="Most prompts of one request.")
+    max_prompt_tokens: int = Field(
+        default=32_768, ge=1, description="Most tokens of all prompts of one request together."
+    )
+    max_body_bytes: int = Field(
+        default=4_194_304, ge=1_024, description="Largest request body, in bytes; more is a 413."
+    )
+    max_response_bytes: int = Field(
+        default=33_554_432,
+        ge=1_024,
+        description="Largest answer of the upstream, or event of its stream, in bytes.",
+    )
+    chat_max_tokens: int = Field(
+        default=1_024,
+        ge=1,
+        description="max_tokens of a chat request that names none; upstreams would stop a "
+        "completion after 16.",
+    )
+    encode_threads: int = Field(
+        default=2, ge=1, le=64, description="Threads that turn prompts into embeddings."
+    )
+
+    @field_validator("embedding_bits")
+    @classmethod
+    def _known_bits(cls, value: int) -> int:
+        if value not in (1, 2, 4, 8):
+            raise ValueError("allowed are 1, 2, 4 and 8")
         return value
 
 
@@ -204,10 +283,14 @@ class Settings(BaseSettings):
         ge=0,
         description="Time running requests get to finish after SIGTERM, in seconds.",
     )
+    with_proxy: bool = Field(
+        default=False, description="Also serve the prompt-embeds proxy, below /proxy."
+    )
     defaults: DefaultSettings = DefaultSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
     http: HttpSettings = HttpSettings()
+    proxy: ProxySettings = ProxySettings()
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
@@ -229,7 +312,7 @@ class Settings(BaseSettings):
         return self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SettingField:
     """One leaf of the settings tree.
 
@@ -307,10 +390,24 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
             continue
         group, _, name = path.rpartition(".")
         (nested.setdefault(group, {}) if group else nested)[name] = value
+    aliased = _apply_alias(nested)
     try:
         return Settings(**nested)
     except ValidationError as error:
-        raise SettingsError(_explain(error)) from None
+        origin = f" (taken from {COMPRESSION_ALIAS})" if aliased else ""
+        raise SettingsError(_explain(error) + origin) from None
+
+
+def _apply_alias(nested: dict[str, Any]) -> bool:
+    """Take the compression from its other name, where neither flag nor variable names it."""
+    path = "proxy.embedding_compression"
+    value = os.environ.get(COMPRESSION_ALIAS)
+    own = any(name.upper() == env_name(path) for name in os.environ)
+    proxy: dict[str, Any] = nested.get("proxy", {})
+    if value is None or own or "embedding_compression" in proxy:
+        return False
+    nested["proxy"] = {**proxy, "embedding_compression": value}
+    return True
 
 
 def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[SettingField]:

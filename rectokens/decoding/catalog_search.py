@@ -37,7 +37,8 @@ class ReferenceSearch:
     """Searches the semantic IDs of N items with a causal LM, one request at a time.
 
     Args:
-        model: a causal LM; called as ``model(input_ids=(rows, T), use_cache=False)``.
+        model: a causal LM; called as ``model(input_ids=(rows, T), use_cache=False)``, and for
+            prompts of embeddings as ``model(inputs_embeds=(rows, T, H), use_cache=False)``.
         item_tokens: where the item tokens lie in its vocabulary.
         codes: int64 (N, L), semantic ID of each item in catalog order (lexicographic, best
             prior first among items that share one).
@@ -76,7 +77,7 @@ class ReferenceSearch:
         beams = [_Beam((), (), 0.0, 0.0)]
         for _ in range(self._item_tokens.num_levels):
             candidates: list[_Beam] = []
-            for beam, logits in zip(beams, self._logits(request.prompt, beams), strict=True):
+            for beam, logits in zip(beams, self._logits(request, beams), strict=True):
                 candidates.extend(self._extend(request, beam, logits, reachable))
             stochastic = request.temperature > 0
             candidates.sort(key=lambda b: -(b.perturbed if stochastic else b.score))
@@ -89,16 +90,24 @@ class ReferenceSearch:
         ][: request.top_k]
         return SearchResult(tuple(hits), _shortfall(request, len(hits), len(self._items)))
 
-    def _logits(self, prompt: Sequence[int], beams: Sequence[_Beam]) -> Tensor:
+    def _logits(self, request: SearchRequest, beams: Sequence[_Beam]) -> Tensor:
         """Next-token logits after each beam: float32 (beams, V)."""
         if not beams:
             return torch.empty(0)
-        rows = []
-        for beam in beams:
-            tokens = [self._item_tokens.token_id(lvl, code) for lvl, code in enumerate(beam.codes)]
-            rows.append([*prompt, *tokens])
         device = next(self._model.parameters()).device
-        output = self._model(input_ids=torch.tensor(rows, device=device), use_cache=False)
+        rows = [
+            [self._item_tokens.token_id(lvl, code) for lvl, code in enumerate(beam.codes)]
+            for beam in beams
+        ]
+        if request.prompt_embeds is None:
+            ids = torch.tensor([[*request.prompt, *row] for row in rows], device=device)
+            output = self._model(input_ids=ids, use_cache=False)
+        else:
+            embed = self._model.get_input_embeddings()  # type: ignore[operator]
+            generated = embed(torch.tensor(rows, dtype=torch.long, device=device))
+            prompt = request.prompt_embeds.to(generated).expand(len(rows), -1, -1)
+            embeds = torch.cat([prompt, generated], dim=1)
+            output = self._model(inputs_embeds=embeds, use_cache=False)
         logits: Tensor = output.logits[:, -1].float().cpu()
         return logits
 

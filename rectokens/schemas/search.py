@@ -18,7 +18,8 @@ class SearchRequest:
     """One prompt and how to search the catalog from it.
 
     Attributes:
-        prompt: token ids, ready for the model (the recipe's work is done).
+        prompt: token ids, ready for the model (the recipe's work is done); empty where
+            ``prompt_embeds`` takes their place.
         beam_width: W, beams kept at every level.
         top_k: items wanted, at most ``beam_width``.
         temperature: 0 is beam search; above 0 stochastic beam search at that temperature.
@@ -27,6 +28,8 @@ class SearchRequest:
         excluded_items: int64 (X,), item indices, sorted and unique, never returned.
         allowed_prefix: int32 (N + 1,), entry i = allowed items among the first i; None allows
             all. Several constraint sets are intersected before they get here.
+        prompt_embeds: floating point (T, H), the prompt as input embeddings instead of token
+            ids; None for a prompt of token ids.
     """
 
     prompt: tuple[int, ...]
@@ -37,9 +40,19 @@ class SearchRequest:
     normalization: Normalization = "children"
     excluded_items: Tensor | None = None
     allowed_prefix: Tensor | None = None
+    prompt_embeds: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not self.prompt:
+        if self.prompt_embeds is not None:
+            if self.prompt:
+                raise ValueError("prompt and prompt_embeds are both given; give one of them")
+            embeds = self.prompt_embeds
+            if embeds.ndim != 2 or not embeds.is_floating_point():
+                raise ValueError(
+                    f"prompt_embeds is {embeds.dtype} of shape {tuple(embeds.shape)}; "
+                    "expected floating point (T, H)"
+                )
+        if self.prompt_length < 1:
             raise ValueError("prompt is empty; the model needs at least one token")
         if self.beam_width < 1:
             raise ValueError(f"beam_width is {self.beam_width}; it must be at least 1")
@@ -53,6 +66,11 @@ class SearchRequest:
             raise ValueError(
                 f"normalization is {self.normalization!r}; allowed are {', '.join(NORMALIZATIONS)}"
             )
+
+    @property
+    def prompt_length(self) -> int:
+        """T, tokens of the prompt, in whichever form it is."""
+        return len(self.prompt) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

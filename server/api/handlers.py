@@ -13,9 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.api.responses import error_response
-from server.api.schemas import RecommendRequest
 from server.errors import EngineFaultError, ErrorKind, ServiceError, kind_of_status
-from server.metrics import Metrics
+from server.metrics import HttpMetrics
 
 _log = structlog.get_logger(__name__)
 
@@ -23,7 +22,7 @@ _MAX_REPORTED = 5
 _MAX_SHOWN_CHARS = 60
 
 
-def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+def install_error_handlers(app: FastAPI, metrics: HttpMetrics) -> None:
     """Answer every exception of the app's routes in the one shape, and count it.
 
     What is no known error at all is left to ``RequestContextMiddleware``.
@@ -38,7 +37,9 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_invalid_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        kind, message, param = _explain(error.errors(), request.headers.get("content-type"))
+        kind, message, param = _explain(
+            error.errors(), request.headers.get("content-type"), _known_fields(request)
+        )
         metrics.rejected(kind)
         return error_response(kind, message, param=param)
 
@@ -58,7 +59,16 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(HTTPException, on_http_exception)
 
 
-def _explain(errors: Sequence[Any], content_type: str | None) -> tuple[ErrorKind, str, str | None]:
+def _known_fields(request: Request) -> list[str]:
+    """Fields of the body that the request's route takes."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(body, "field_info", None), "annotation", None)
+    return list(getattr(model, "model_fields", ()))
+
+
+def _explain(
+    errors: Sequence[Any], content_type: str | None, known: Sequence[str]
+) -> tuple[ErrorKind, str, str | None]:
     """Kind, message and parameter of the errors pydantic found."""
     first = errors[0]
     if first["type"] == "json_invalid":
@@ -75,21 +85,21 @@ def _explain(errors: Sequence[Any], content_type: str | None) -> tuple[ErrorKind
             f"content type is {content_type!r}; expected 'application/json'",
             None,
         )
-    messages = dict.fromkeys(_describe(error) for error in errors)
+    messages = dict.fromkeys(_describe(error, known) for error in errors)
     shown = list(messages)[:_MAX_REPORTED]
     if len(messages) > len(shown):
         shown.append(f"and {len(messages) - len(shown)} more")
     return ErrorKind.INVALID_VALUE, "; ".join(shown), _param(first["loc"])
 
 
-def _describe(error: Any) -> str:
+def _describe(error: Any, known: Sequence[str]) -> str:
     param = _param(error["loc"])
     message = str(error["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if error["type"] == "missing":
         return f"{param} is missing" if param else "body is missing; expected a JSON object"
     if error["type"] == "extra_forbidden":
-        return _unknown_field(str(param))
+        return _unknown_field(str(param), known)
     if param is None:
         return message
     value = error.get("input")
@@ -101,9 +111,13 @@ def _describe(error: Any) -> str:
     return f"{param}: {message}"
 
 
-def _unknown_field(param: str) -> str:
+def _unknown_field(param: str, known: Sequence[str]) -> str:
     name = param.rpartition(".")[2]
-    known = ["item", "text"] if "." in param else list(RecommendRequest.model_fields)
+    if "." in param:
+        part = param.rpartition(".")[0]
+        known = ["item", "text"]
+        if name in known:
+            return f"{part} has both item and text; give one of them"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(known)}"
     return f"unknown field {param[:_MAX_SHOWN_CHARS]}; {hint}"

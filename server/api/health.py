@@ -14,6 +14,7 @@ from server.errors import ErrorKind
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get(
     "/health",
     summary="Is the process alive?",
@@ -26,6 +27,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get(
     "/ready",
     summary="Are requests being answered?",

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rectokens.prompts.parts import TextPart
 from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, TextInput
 from server.errors import ServiceError, invalid
 from server.recommender import ItemRef, RecommendQuery
-from server.settings import LimitSettings, Settings
+from server.settings import LimitSettings, NormalizationName, Settings
 
 Number = TypeVar("Number", int, float)
+
+
+class SearchFields(Protocol):
+    """How to search: the fields that all requests for items share."""
+
+    beam_width: int | None
+    temperature: float | None
+    seed: int | None
+    exclude_items: list[str]
+    constraint_set: str | list[str] | None
+    normalization: NormalizationName | None
+    timeout_ms: int | None
 
 
 def to_query(body: RecommendRequest, settings: Settings, arrival_s: float) -> RecommendQuery:
@@ -25,16 +37,54 @@ def to_query(body: RecommendRequest, settings: Settings, arrival_s: float) -> Re
     Raises:
         ServiceError: a value over a limit; names the value and the limit.
     """
-    limits, defaults = settings.limits, settings.defaults
     param = "history" if body.input is None else "input"
-    parts = _parts(body, param, limits)
+    exclude_history = body.exclude_history
+    return build_query(
+        body,
+        settings,
+        arrival_s,
+        wanted=("top_k", body.top_k, settings.defaults.top_k),
+        parts=_parts(body, param, settings.limits),
+        parts_param=param,
+        exclude_history=(
+            settings.defaults.exclude_history if exclude_history is None else exclude_history
+        ),
+        with_metadata="metadata" in body.include,
+        with_level_scores="level_scores" in body.include,
+    )
 
-    top_k = _bounded("top_k", body.top_k, defaults.top_k, limits.max_top_k)
+
+def build_query(
+    body: SearchFields,
+    settings: Settings,
+    arrival_s: float,
+    *,
+    wanted: tuple[str, int | None, int],
+    **rest: Any,
+) -> RecommendQuery:
+    """The query of a request: what all requests have in common, checked and filled in.
+
+    Args:
+        body: its fields on the search.
+        settings: limits and defaults.
+        arrival_s: monotonic time at which it arrived.
+        wanted: the field that says how many items are wanted: name, value, default.
+        rest: the other fields of the query.
+
+    Raises:
+        ServiceError: a value over a limit; names the value and the limit.
+    """
+    limits, defaults = settings.limits, settings.defaults
+    name, value, default = wanted
+    if body.beam_width is not None:
+        # Whoever asks for fewer beams only has not asked for more items than that.
+        default = min(default, body.beam_width)
+    top_k = _bounded(name, value, default, limits.max_top_k)
     beam_width = _bounded(
         "beam_width", body.beam_width, max(defaults.beam_width, top_k), limits.max_beam_width
     )
     if top_k > beam_width:
-        raise invalid("top_k", f"top_k is {top_k}; at most beam_width, {beam_width}")
+        raise invalid(name, f"{name} is {top_k}; at most beam_width, {beam_width}")
     temperature = _bounded(
         "temperature", body.temperature, defaults.temperature, limits.max_temperature
     )
@@ -45,23 +95,18 @@ def to_query(body: RecommendRequest, settings: Settings, arrival_s: float) -> Re
             f"{limits.max_temperature}",
         )
     timeout_ms = _bounded("timeout_ms", body.timeout_ms, defaults.timeout_ms, limits.max_timeout_ms)
-    _check_count("exclude_items", body.exclude_items, limits.max_exclude_items)
-    _check_ids("exclude_items", body.exclude_items, limits.max_item_id_chars)
-    exclude_history = body.exclude_history
+    check_count("exclude_items", body.exclude_items, limits.max_exclude_items)
+    check_ids("exclude_items", body.exclude_items, limits.max_item_id_chars)
     return RecommendQuery(
-        parts=parts,
-        parts_param=param,
         top_k=top_k,
         beam_width=beam_width,
         temperature=temperature,
         seed=body.seed,
-        exclude_history=defaults.exclude_history if exclude_history is None else exclude_history,
         exclude_items=tuple(body.exclude_items),
         constraint_sets=_constraint_sets(body.constraint_set, limits),
         normalization=body.normalization or defaults.normalization,
-        with_metadata="metadata" in body.include,
-        with_level_scores="level_scores" in body.include,
         deadline_s=arrival_s + timeout_ms / 1000,
+        **rest,
     )
 
 
@@ -70,15 +115,13 @@ def _parts(
 ) -> tuple[ItemRef | TextPart, ...]:
     if body.input is None:
         history = body.history or []
-        _check_count(param, history, limits.max_history_items)
-        _check_ids(param, history, limits.max_item_id_chars)
+        check_count(param, history, limits.max_history_items)
+        check_ids(param, history, limits.max_item_id_chars)
         return tuple(ItemRef(item_id) for item_id in history)
-    _check_count(param, body.input, limits.max_history_items)
+    check_count(param, body.input, limits.max_history_items)
     items = [part.item for part in body.input if isinstance(part, ItemInput)]
-    _check_ids(param, items, limits.max_item_id_chars)
-    chars = sum(len(part.text) for part in body.input if isinstance(part, TextInput))
-    if chars > limits.max_text_chars:
-        raise _over(param, f"{param} has {chars} characters of text", limits.max_text_chars)
+    check_ids(param, items, limits.max_item_id_chars)
+    check_chars(param, [p.text for p in body.input if isinstance(p, TextInput)], limits)
     return tuple(
         ItemRef(part.item) if isinstance(part, ItemInput) else TextPart(part.text)
         for part in body.input
@@ -89,7 +132,7 @@ def _constraint_sets(names: str | list[str] | None, limits: LimitSettings) -> tu
     if names is None:
         return ()
     names = [names] if isinstance(names, str) else names
-    _check_count("constraint_set", names, limits.max_constraint_sets)
+    check_count("constraint_set", names, limits.max_constraint_sets)
     # Sorted without repeats, so that the catalog's cache of intersections hits.
     return tuple(sorted(set(names)))
 
@@ -102,15 +145,24 @@ def _bounded(name: str, value: Number | None, default: Number, limit: Number) ->
     return value
 
 
-def _check_count(name: str, values: Sequence[object], limit: int) -> None:
+def check_count(name: str, values: Sequence[object], limit: int) -> None:
+    """Refuse a list that is too long."""
     if len(values) > limit:
         raise _over(name, f"{name} has {len(values)} entries", limit)
 
 
-def _check_ids(name: str, ids: Sequence[str], limit: int) -> None:
+def check_ids(name: str, ids: Sequence[str], limit: int) -> None:
+    """Refuse an item id that is too long."""
     longest = max((len(item_id) for item_id in ids), default=0)
     if longest > limit:
         raise _over(name, f"{name} has an item id of {longest} characters", limit)
+
+
+def check_chars(name: str, texts: Sequence[str], limits: LimitSettings) -> None:
+    """Refuse texts that are too long together."""
+    chars = sum(map(len, texts))
+    if chars > limits.max_text_chars:
+        raise _over(name, f"{name} has {chars} characters of text", limits.max_text_chars)
 
 
 def _over(param: str, found: str, limit: float) -> ServiceError:

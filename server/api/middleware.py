@@ -6,21 +6,55 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import structlog
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.responses import error_response
 from server.errors import INTERNAL_MESSAGE, ErrorKind
-from server.metrics import Metrics
+from server.metrics import HttpMetrics
+from server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 REQUEST_ID_HEADER = "X-Request-ID"
 # Printable and harmless in a log or a header; anything else is replaced, not refused.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def add_middleware(
+    app: FastAPI,
+    settings: Settings,
+    metrics: HttpMetrics,
+    *,
+    max_bytes: int,
+    max_bytes_below: Mapping[str, int] = _NOTHING,
+) -> None:
+    """Put what happens around every request around an app; see ``BodyLimitMiddleware``."""
+    # The last one added is the outermost.
+    app.add_middleware(
+        BodyLimitMiddleware,
+        metrics=metrics,
+        max_bytes=max_bytes,
+        timeout_s=settings.limits.body_timeout_s,
+        max_bytes_below=max_bytes_below,
+    )
+    if settings.http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Content-Type", REQUEST_ID_HEADER],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        )
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
 
 
 class RequestContextMiddleware:
@@ -29,7 +63,7 @@ class RequestContextMiddleware:
     A valid ``X-Request-ID`` is kept; the answer carries the id either way.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
@@ -75,12 +109,22 @@ class BodyLimitMiddleware:
     Args:
         max_bytes: a body over it is refused as soon as that is known, at best from its header.
         timeout_s: seconds from the first read to the last byte.
+        max_bytes_below: instead of ``max_bytes``, for paths that begin so.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: HttpMetrics,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        max_bytes_below: Mapping[str, int] = _NOTHING,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._max_bytes = max_bytes
+        self._max_bytes_below = max_bytes_below
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,11 +132,12 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._limit(scope["path"])
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
+        if declared.isdecimal() and int(declared) > limit:
             self._metrics.rejected(ErrorKind.BODY_TOO_LARGE)
             response = error_response(
-                ErrorKind.BODY_TOO_LARGE, self._too_large(f"has {int(declared)} bytes")
+                ErrorKind.BODY_TOO_LARGE, _too_large(f"has {int(declared)} bytes", limit)
             )
             await response(scope, receive, send)
             return
@@ -117,17 +162,26 @@ class BodyLimitMiddleware:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if received > self._max_bytes:
-                    raise HTTPException(413, self._too_large(f"has over {received - 1} bytes"))
+                if received > limit:
+                    raise HTTPException(413, _too_large(f"has over {received - 1} bytes", limit))
             return message
 
         await self._app(scope, receive_bounded, send)
 
-    def _too_large(self, found: str) -> str:
-        return f"body {found}; at most {self._max_bytes}"
+    def _limit(self, path: str) -> int:
+        found = (most for start, most in self._max_bytes_below.items() if path.startswith(start))
+        return next(found, self._max_bytes)
+
+
+def _too_large(found: str, limit: int) -> str:
+    return f"body {found}; at most {limit}"
 
 
 def _route_template(scope: Scope) -> str:
     """Path of the route as declared, so that metrics have few labels whatever clients ask for."""
     path = getattr(scope.get("route"), "path", None)
-    return path if isinstance(path, str) else "other"
+    if not isinstance(path, str):
+        return "other"
+    # What an app is mounted below stands in the root path, behind the server's own.
+    own = scope.get("app_root_path", "")
+    return f"{scope.get('root_path', '').removeprefix(own)}{path}"

@@ -14,33 +14,38 @@ from server.api.disconnect import unless_disconnected
 from server.api.limits import to_query
 from server.api.responses import JSONResponse, documented_errors
 from server.api.schemas import RecommendRequest, RecommendResponse
+from server.api.strict_json import StrictJsonRoute
+from server.batching.interfaces import Answer
 from server.errors import ErrorKind
 from server.recommender import Recommendation, RecommendQuery
 
-router = APIRouter(tags=["recommend"])
+router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
+
+# What may become of a request for items.
+SEARCH_ERRORS = (
+    ErrorKind.MALFORMED_JSON,
+    ErrorKind.BAD_REQUEST,
+    ErrorKind.BODY_TIMEOUT,
+    ErrorKind.BODY_TOO_LARGE,
+    ErrorKind.UNSUPPORTED_MEDIA_TYPE,
+    ErrorKind.INVALID_VALUE,
+    ErrorKind.NO_KNOWN_ITEMS,
+    ErrorKind.PROMPT_TOO_LONG,
+    ErrorKind.OVERLOADED,
+    ErrorKind.DEADLINE_UNREACHABLE,
+    ErrorKind.ENGINE_FAULT,
+    ErrorKind.LOADING,
+    ErrorKind.DRAINING,
+    ErrorKind.ENGINE_DEAD,
+    ErrorKind.DEADLINE_EXCEEDED,
+)
 
 
 @router.post(
     "/v1/recommend",
     summary="Recommend items",
     response_model=RecommendResponse,
-    responses=documented_errors(
-        ErrorKind.MALFORMED_JSON,
-        ErrorKind.BAD_REQUEST,
-        ErrorKind.BODY_TIMEOUT,
-        ErrorKind.BODY_TOO_LARGE,
-        ErrorKind.UNSUPPORTED_MEDIA_TYPE,
-        ErrorKind.INVALID_VALUE,
-        ErrorKind.NO_KNOWN_ITEMS,
-        ErrorKind.PROMPT_TOO_LONG,
-        ErrorKind.OVERLOADED,
-        ErrorKind.DEADLINE_UNREACHABLE,
-        ErrorKind.ENGINE_FAULT,
-        ErrorKind.LOADING,
-        ErrorKind.DRAINING,
-        ErrorKind.ENGINE_DEAD,
-        ErrorKind.DEADLINE_EXCEEDED,
-    ),
+    responses=documented_errors(*SEARCH_ERRORS),
 )
 async def recommend(body: RecommendRequest, request: Request) -> Response:
     """What next for this user? Only items that the catalog has, best first.
@@ -86,12 +91,17 @@ def _to_wire(found: Recommendation, query: RecommendQuery, total_s: float) -> di
             "truncated_items": prepared.prompt.items_truncated,
             "truncated_texts": prepared.prompt.texts_truncated,
         },
-        "timings": {
-            "queue_ms": _ms(answer.queue_s),
-            "prefill_ms": _ms(answer.prefill_s),
-            "decode_ms": _ms(answer.decode_s),
-            "total_ms": _ms(total_s),
-        },
+        "timings": timings(answer, total_s),
+    }
+
+
+def timings(answer: Answer, total_s: float) -> dict[str, float]:
+    """The body of ``Timings``."""
+    return {
+        "queue_ms": _ms(answer.queue_s),
+        "prefill_ms": _ms(answer.prefill_s),
+        "decode_ms": _ms(answer.decode_s),
+        "total_ms": _ms(total_s),
     }
 
 

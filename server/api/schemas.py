@@ -60,21 +60,25 @@ _HISTORY_OR_INPUT: Json = {
 }
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
+    """A request body: strict types, no unknown fields."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _Response(BaseModel):
+class StrictResponse(BaseModel):
+    """A response body: nothing that is not documented."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class ItemInput(_Request):
+class ItemInput(StrictRequest):
     """An item of the user's history."""
 
     item: str = Field(min_length=1, description="Item id.")
 
 
-class TextInput(_Request):
+class TextInput(StrictRequest):
     """Words about the user, for models that take text."""
 
     text: str = Field(min_length=1, description="Free text.")
@@ -93,7 +97,7 @@ InputPart = Annotated[
 ItemId = Annotated[str, Field(min_length=1)]
 
 
-class RecommendRequest(_Request):
+class RecommendRequest(StrictRequest):
     """What next for this user? Give ``history`` or ``input``, not both.
 
     An empty list asks for what the model recommends to a user it knows nothing about.
@@ -168,7 +172,7 @@ class RecommendRequest(_Request):
         return self
 
 
-class RecommendedItem(_Response):
+class RecommendedItem(StrictResponse):
     """One item. ``metadata`` and ``level_scores`` are there if asked for with ``include``."""
 
     item_id: str
@@ -182,14 +186,14 @@ class RecommendedItem(_Response):
     )
 
 
-class ShortfallInfo(_Response):
+class ShortfallInfo(StrictResponse):
     """Why fewer than ``top_k`` items came back."""
 
     reason: Literal["catalog_exhausted", "filters"]
     returned: int
 
 
-class Usage(_Response):
+class Usage(StrictResponse):
     """What the request cost."""
 
     prompt_tokens: int
@@ -198,7 +202,7 @@ class Usage(_Response):
     truncated_texts: int = Field(description="Texts left out or cut short.")
 
 
-class Timings(_Response):
+class Timings(StrictResponse):
     """Where the time went, in milliseconds."""
 
     queue_ms: float = Field(description="Waiting for the engine.")
@@ -207,7 +211,7 @@ class Timings(_Response):
     total_ms: float = Field(description="From the request's arrival to its answer.")
 
 
-class RecommendResponse(_Response):
+class RecommendResponse(StrictResponse):
     """Items, best first, and which model and catalog chose them."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE_RESPONSE]})
@@ -226,13 +230,13 @@ class RecommendResponse(_Response):
     timings: Timings
 
 
-class HealthResponse(_Response):
+class HealthResponse(StrictResponse):
     """The process is alive and so is its engine thread."""
 
     status: Literal["ok"]
 
 
-class ReadyResponse(_Response):
+class ReadyResponse(StrictResponse):
     """Requests are being answered, by these versions."""
 
     status: Literal["ready"]
@@ -243,7 +247,7 @@ class ReadyResponse(_Response):
     num_items: int
 
 
-class ModelInfo(_Response):
+class ModelInfo(StrictResponse):
     """One model that is served, in the OpenAI shape with our fields beside."""
 
     id: str
@@ -260,14 +264,14 @@ class ModelInfo(_Response):
     max_prompt_tokens: int
 
 
-class ModelList(_Response):
+class ModelList(StrictResponse):
     """What is served."""
 
     object: Literal["list"]
     data: list[ModelInfo]
 
 
-class ErrorDetail(_Response):
+class ErrorDetail(StrictResponse):
     """What went wrong."""
 
     message: str = Field(description="For people: the value found and the value allowed.")
@@ -276,7 +280,7 @@ class ErrorDetail(_Response):
     code: str = Field(description="Precise kind of the error.")
 
 
-class ErrorResponse(_Response):
+class ErrorResponse(StrictResponse):
     """The shape of every error on every route."""
 
     model_config = ConfigDict(

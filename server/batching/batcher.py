@@ -368,7 +368,7 @@ def _as_waiting(place: Place) -> Waiting:
         key=place.key,
         deadline_s=place.deadline_s,
         beam_rows=place.beam_rows,
-        prompt_tokens=len(work.search.prompt),
+        prompt_tokens=work.search.prompt_length,
         # Identity, not equality: two loads of one release are two engines.
         release=id(work.release),
     )

@@ -14,7 +14,7 @@ from rectokens.decoding.filters import BatchFilters
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
-from server.engine.runners import Runner
+from server.engine.runners import Prompts, Runner
 from server.engine.selection import collect_results
 from server.engine.types import BatchOutcome, EngineFault
 
@@ -32,7 +32,7 @@ class Engine:
         self._runner = runner
         self._item_tokens = item_tokens
         self.device: torch.device = model.device
-        self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self._vocab_size, self._hidden_size = map(int, model.get_input_embeddings().weight.shape)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._max_prompt_tokens = int(limit or 1 << 20) - item_tokens.num_levels + 1
 
@@ -40,6 +40,16 @@ class Engine:
     def max_prompt_tokens(self) -> int:
         """Longest prompt it takes; the generated positions are already set aside."""
         return self._max_prompt_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the input embeddings."""
+        return self._vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the input embeddings that a prompt may be given as."""
+        return self._hidden_size
 
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
         """Answer a batch.
@@ -84,7 +94,10 @@ class Engine:
         options = StepOptions.from_requests(requests, self.device)
         with_vocab_norm = any(request.normalization == "vocab" for request in requests)
         session = self._runner.session()
-        level = session.prefill([r.prompt for r in requests], with_vocab_norm=with_vocab_norm)
+        prompts: Prompts = [
+            r.prompt if r.prompt_embeds is None else r.prompt_embeds for r in requests
+        ]
+        level = session.prefill(prompts, with_vocab_norm=with_vocab_norm)
         self._synchronize()
         prefilled = time.perf_counter()
 
@@ -114,10 +127,17 @@ class Engine:
             torch.cuda.synchronize(self.device)
 
     def _prompt_fault(self, request: SearchRequest) -> EngineFault | None:
-        if len(request.prompt) > self._max_prompt_tokens:
+        if request.prompt_length > self._max_prompt_tokens:
             return EngineFault(
-                f"prompt has {len(request.prompt)} tokens; "
+                f"prompt has {request.prompt_length} tokens; "
                 f"the model takes {self._max_prompt_tokens}"
+            )
+        if request.prompt_embeds is not None:
+            found = request.prompt_embeds.shape[1]
+            if found == self._hidden_size:
+                return None
+            return EngineFault(
+                f"prompt_embeds have hidden size {found}; the model's is {self._hidden_size}"
             )
         low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= self._vocab_size:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.context_attention import (
@@ -25,7 +25,9 @@ from server.engine.context_attention import (
 )
 from server.engine.head import LevelHead, LevelLogits, level_of_vocab_logits
 
-Prompts = Sequence[Sequence[int]]
+# Token ids, or input embeddings (T, H). A batch may hold both kinds.
+Prompt = Sequence[int] | Tensor
+Prompts = Sequence[Prompt]
 
 
 class DecodeSession(Protocol):
@@ -69,6 +71,7 @@ class SharedContextRunner:
         register()
         model.set_attn_implementation(ATTENTION_NAME)
         self.decoder = model.get_decoder()
+        self.embed = model.get_input_embeddings()
         self.head = LevelHead(model, item_tokens)
         self.item_tokens = item_tokens
         self.device: torch.device = model.device
@@ -87,13 +90,11 @@ class _SharedContextSession:
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
         device = self._runner.device
         # Right padding needs no mask: under causal attention no real position sees the pads.
-        longest = max(len(prompt) for prompt in prompts)
-        padded = [[*prompt, *([prompt[-1]] * (longest - len(prompt)))] for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._context = ContextKV(lengths)
         with prefilling(self._context):
             hidden = self._runner.decoder(
-                input_ids=torch.tensor(padded, device=device), use_cache=False
+                **_padded(prompts, self._runner.embed, device), use_cache=False
             ).last_hidden_state
         index = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return self._runner.head(hidden.gather(1, index), 0, with_vocab_norm=with_vocab_norm)
@@ -140,11 +141,10 @@ class _PerBeamSession:
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
         rows = []
+        embed = self._runner.model.get_input_embeddings()
         for prompt in prompts:
             output = self._runner.model(
-                input_ids=torch.tensor([list(prompt)], device=self._runner.device),
-                use_cache=True,
-                logits_to_keep=1,
+                **_padded([prompt], embed, self._runner.device), use_cache=True, logits_to_keep=1
             )
             self._caches.append(output.past_key_values)
             rows.append(output.logits[:, -1:])
@@ -167,3 +167,25 @@ class _PerBeamSession:
         return level_of_vocab_logits(
             logits, self._runner.item_tokens, level, with_vocab_norm=with_vocab_norm
         )
+
+
+def _padded(prompts: Prompts, embed: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The model's input of a batch, padded on the right by repeating each prompt's last position.
+
+    ``input_ids`` (B, T) where all prompts are token ids. Where one is embeddings, the others are
+    embedded by the model's own layer, so that a prompt means the same in either form:
+    ``inputs_embeds`` (B, T, H).
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if not any(isinstance(prompt, Tensor) for prompt in prompts):
+        rows = [[*prompt, *([prompt[-1]] * (longest - len(prompt)))] for prompt in prompts]
+        return {"input_ids": torch.tensor(rows, device=device)}
+    dtype = next(embed.parameters()).dtype
+    embeds = []
+    for prompt in prompts:
+        if isinstance(prompt, Tensor):
+            row = prompt.to(device, dtype)
+        else:
+            row = embed(torch.tensor(list(prompt), device=device))
+        embeds.append(torch.cat([row, row[-1:].expand(longest - len(row), -1)]))
+    return {"inputs_embeds": torch.stack(embeds)}

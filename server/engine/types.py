@@ -44,6 +44,16 @@ class SearchEngine(Protocol):
         """Longest prompt it takes; the generated positions are already set aside."""
         ...
 
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the input embeddings."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the input embeddings that a prompt may be given as."""
+        ...
+
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
         """Answer a batch. All requests share ``trie``; they may differ in everything else."""
         ...

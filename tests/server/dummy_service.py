@@ -45,6 +45,7 @@ class DummyEngine:
 
     def __init__(self) -> None:
         self.max_prompt_tokens = 64
+        self.vocab_size, self.hidden_size = 24, 8
         self.batches: list[list[SearchRequest]] = []
         self.gate = threading.Event()
         self.gate.set()

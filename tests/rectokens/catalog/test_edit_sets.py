@@ -100,6 +100,7 @@ def test_a_definition_without_its_set_is_refused(catalog: Catalog, tmp_path: Pat
         content["predicates"] = {"other": "price > 1"}
         (target / "catalog.json").write_text(json.dumps(content))
 
+    parents = read_manifest(folder).parents
+    altered = write_artifact(tmp_path / "y", "catalog", tampered, parents=parents)
     with pytest.raises(ArtifactError, match="'other' is not among the constraint sets"):
-        parents = read_manifest(folder).parents
-        load_catalog(write_artifact(tmp_path / "y", "catalog", tampered, parents=parents))
+        load_catalog(altered)

@@ -250,7 +250,7 @@ BAD_BODIES = [
     ({"input": [{"item": "B001"}] * 2_001}, "input", "2001 entries; at most 2000"),
     ({"input": ["B001"]}, "input.0", "object"),
     ({"input": [{}]}, "input.0.item", "missing"),
-    ({"input": [{"item": "B001", "text": "x"}]}, "input.0.item", "unknown field"),
+    ({"input": [{"item": "B001", "text": "x"}]}, "input.0.item", "both item and text"),
     ({"input": [{"item": "B001"}, {"text": 3}]}, "input.1.text", "3"),
     ({"input": [{"txet": "x"}]}, "input.0.item", "missing"),
     ({"input": [{"text": "x" * 20_001}]}, "input", "20001 characters of text; at most 20000"),
@@ -518,3 +518,46 @@ async def test_health_answers_while_requests_are_being_prepared(start_app, dummy
     assert (await running.client.get("/health")).status_code == 200
     go_on.set()
     assert (await task).status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le", "utf-8-sig"])
+async def test_a_body_that_is_not_plain_utf_8_is_malformed(start_app, dummy, encoding):
+    running = await start_app(dummy.make_release())
+    response = await running.client.post(
+        "/v1/recommend",
+        content='{"history": []}'.encode(encoding),
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "malformed_json"
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ('{"history": ["B0"], "history": []}', "key 'history' is given more than once"),
+        ('{"history": [], "top_k": ' + "9" * 10_000 + "}", "a number has 10000 digits"),
+        ('{"history": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+)
+async def test_json_that_nobody_means_is_malformed(start_app, dummy, body, part):
+    running = await start_app(dummy.make_release())
+    response = await running.client.post(
+        "/v1/recommend", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert part in response.json()["error"]["message"]
+
+
+async def test_a_narrow_beam_alone_asks_for_no_more_items_than_beams(start_app, dummy):
+    running = await start_app(dummy.make_release())
+    response = await running.post({"history": [], "beam_width": 3})
+    assert response.status_code == 200, response.text
+    assert len(response.json()["items"]) <= 3
+
+
+async def test_a_part_with_item_and_text_is_told_to_choose(start_app, dummy):
+    running = await start_app(dummy.make_release())
+    response = await running.post({"input": [{"text": "a", "item": "B0"}]})
+    assert response.status_code == 422
+    assert "input.0 has both item and text" in response.json()["error"]["message"]

@@ -1,0 +1,61 @@
+"""Wiring and lifespan of the proxy's HTTP app, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from server.api.handlers import install_error_handlers
+from server.api.middleware import add_middleware
+from server.proxy import routes
+from server.proxy.service import Proxy
+from server.settings import Settings
+
+_DESCRIPTION = """Completions and chats for an upstream that takes prompts as embeddings.
+
+Every error, on every route, is `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+
+def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
+    """The app of a proxy that is a process of its own.
+
+    Args:
+        settings: of HTTP and of the proxy.
+        proxy: stopped when the app ends.
+    """
+    app = mounted_proxy_app(proxy)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await proxy.stop()
+
+    app.router.lifespan_context = lifespan
+    add_middleware(
+        app,
+        settings,
+        proxy.metrics,
+        max_bytes=settings.proxy.max_body_bytes,
+    )
+    return app
+
+
+def mounted_proxy_app(proxy: Proxy) -> FastAPI:
+    """The proxy's routes for an app that has its own middleware, and that stops the proxy."""
+    app = FastAPI(
+        title="rectokens proxy",
+        version=version("rectokens"),
+        description=_DESCRIPTION,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.proxy = proxy
+    app.include_router(routes.router)
+    install_error_handlers(app, proxy.metrics)
+    return app

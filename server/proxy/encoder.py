@@ -1,0 +1,80 @@
+"""Token ids to the text of a ``prompt_embeds`` field."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rectokens.prompt_embeds import dump_payload, dump_tensor
+from rectokens.turboquant import codec_for, encode_embeddings, warmup_encode
+from server.proxy.embedding_table import EmbeddingTable
+from server.proxy.errors import ProxyError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """One prompt, ready to send.
+
+    Attributes:
+        data: the field's text.
+        tokens: T.
+        plain_bytes: what the embeddings would be as plain base64.
+        seconds: spent embedding and encoding.
+    """
+
+    data: str
+    tokens: int
+    plain_bytes: int
+    seconds: float
+
+
+class EmbedsEncoder:
+    """Embeds prompts and writes them as the upstream reads them. Safe to share between threads.
+
+    Args:
+        table: the model's input embeddings.
+        compression: ``none`` or ``turboquant``.
+        bits: bits an element when compressed.
+
+    Raises:
+        ProxyError: embeddings of a size that cannot be compressed.
+    """
+
+    def __init__(
+        self, table: EmbeddingTable, compression: Literal["none", "turboquant"], bits: int
+    ) -> None:
+        self.table = table
+        self._bits = bits
+        self._codec: str | None = None
+        if compression == "none":
+            return
+        try:
+            self._codec = codec_for(table.hidden_size)
+        except ValueError as error:
+            raise ProxyError(
+                f"hidden size {table.hidden_size} cannot be compressed ({error}); "
+                "set embedding_compression to none"
+            ) from error
+
+    def warm_up(self) -> None:
+        """Prepare for the first prompt."""
+        if self._codec is not None:
+            warmup_encode(self.table.hidden_size, self._bits, codec=self._codec)
+
+    def encode(self, token_ids: Sequence[int]) -> EncodedPrompt:
+        """Embed and encode one prompt, token ids (T,).
+
+        Raises:
+            ValueError: no ids, or one that the model does not have.
+        """
+        started = time.perf_counter()
+        embeds = self.table.embed(token_ids)
+        if self._codec is None:
+            data = dump_tensor(embeds)
+        else:
+            packed, norms = encode_embeddings(embeds, self._bits, codec=self._codec)
+            data = dump_payload(packed, norms, self._bits, self.table.hidden_size, self._codec)
+        plain_bytes = -(-embeds.numel() * embeds.element_size() // 3) * 4
+        return EncodedPrompt(data, len(embeds), plain_bytes, time.perf_counter() - started)

@@ -1,0 +1,65 @@
+"""Prometheus metrics of the proxy."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from server.metrics import SECONDS, HttpMetrics
+
+# A prompt is encoded in microseconds to tens of milliseconds.
+_ENCODE_SECONDS = (0.0001, 0.00025, 0.0005, *SECONDS)
+_RATIOS = (0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+
+
+class ProxyMetrics(HttpMetrics):
+    """All metrics of the proxy, by name."""
+
+    def __init__(self) -> None:
+        super().__init__("rectokens_proxy")
+        registry = self.registry
+        self._plain_bytes = Counter(
+            "rectokens_proxy_plain_bytes",
+            "Bytes that the embeddings would have been as plain base64.",
+            registry=registry,
+        )
+        self._sent_bytes = Counter(
+            "rectokens_proxy_sent_bytes",
+            "Bytes of prompt_embeds that were sent instead.",
+            registry=registry,
+        )
+        self._ratio = Histogram(
+            "rectokens_proxy_compression_ratio",
+            "Plain bytes over sent bytes, one observation a prompt.",
+            buckets=_RATIOS,
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "rectokens_proxy_prompt_tokens", "Tokens of encoded prompts.", registry=registry
+        )
+        self._encode_seconds = Histogram(
+            "rectokens_proxy_encode_seconds",
+            "Time to embed and encode, one observation a prompt.",
+            buckets=_ENCODE_SECONDS,
+            registry=registry,
+        )
+        self._upstream_seconds = Histogram(
+            "rectokens_proxy_upstream_seconds",
+            "Time until the upstream's answer was complete, or its stream began.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "rectokens_proxy_in_flight", "Requests being answered.", registry=registry
+        )
+
+    def encoded(self, tokens: int, plain_bytes: int, sent_bytes: int, seconds: float) -> None:
+        """A prompt was encoded."""
+        self._tokens.inc(tokens)
+        self._plain_bytes.inc(plain_bytes)
+        self._sent_bytes.inc(sent_bytes)
+        self._ratio.observe(plain_bytes / sent_bytes)
+        self._encode_seconds.observe(seconds)
+
+    def upstream_answered(self, seconds: float) -> None:
+        """The upstream's answer, or the head of its stream, is there."""
+        self._upstream_seconds.observe(seconds)

@@ -1,0 +1,27 @@
+"""The proxy as a process of its own."""
+
+from __future__ import annotations
+
+from server.logs import configure_logging
+from server.proxy.app import create_proxy_app
+from server.proxy.service import load_proxy
+from server.run import listen, serve_app
+from server.settings import Settings
+
+
+def run_proxy(settings: Settings) -> int:
+    """Serve until a signal; listens once the tokenizer and the embeddings are there.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        ProxyError: the upstream's URL, the model or the catalog cannot be used.
+        ListenError: the address is taken or not ours.
+    """
+    configure_logging(settings.log_level)
+    proxy = load_proxy(settings, settings.model, settings.catalog)
+    listener = listen(settings.host, settings.port)
+    app = create_proxy_app(settings, proxy)
+    serve_app(app, settings, listener, proxy.drain)
+    return 0
