@@ -3,6 +3,10 @@
 The ops take a trie as plain tensors and numbers: ``row_ptrs`` (E + 1,), ``stacked_cols_vals``
 (2, E + 1), ``cur_node`` (B,) and ``max_branches`` M. ``rectokens.ops.constrained_node_transition``
 is the public face; it checks arguments, these do not.
+
+On CUDA, where triton is installed, the kernels of ``constrained_launch`` run what they can hold;
+the references below run the rest: float64 and empty batches. Choices past the kernels' bounds on k
+and M are made in PyTorch from the kernels' (B, M) logits.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from rectokens.decoding.children import (
     take_slots,
 )
 from rectokens.ops.counter_rng import gumbel
-from rectokens.ops.dispatch import define_op
+from rectokens.ops.dispatch import define_op, triton_is_installed
 
 _INF = float("inf")
 
@@ -71,10 +75,7 @@ def _sampling(
     """
     next_node, valid_idxs = children_of(row_ptrs, stacked_cols_vals, cur_node, max_branches)
     logits = linear_at_children(a, b, bias, valid_idxs)
-    row = torch.arange(a.shape[0], device=a.device).unsqueeze(1)
-    noise = gumbel(seed, row, valid_idxs)
-    keys = perturbed(logits.double(), valid_idxs >= 0, temperature, noise)
-    return next_node, valid_idxs, *_take(logits, next_node, valid_idxs, keys, k, temperature)
+    return _draw(next_node, valid_idxs, logits, k, temperature, seed)
 
 
 def _topk(
@@ -96,6 +97,26 @@ def _topk(
     """
     next_node, valid_idxs = children_of(row_ptrs, stacked_cols_vals, cur_node, max_branches)
     logits = linear_at_children(a, b, bias, valid_idxs)
+    return _rank(next_node, valid_idxs, logits, k, temperature)
+
+
+def _draw(
+    next_node: Tensor,
+    valid_idxs: Tensor,
+    logits: Tensor,
+    k: int,
+    temperature: Tensor,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
+    noise = gumbel(seed, row, valid_idxs)
+    keys = perturbed(logits.double(), valid_idxs >= 0, temperature, noise)
+    return next_node, valid_idxs, *_take(logits, next_node, valid_idxs, keys, k, temperature)
+
+
+def _rank(
+    next_node: Tensor, valid_idxs: Tensor, logits: Tensor, k: int, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     keys = torch.nan_to_num(logits, nan=-_INF, posinf=_INF, neginf=-_INF)
     return next_node, valid_idxs, *_take(logits, next_node, valid_idxs, keys, k, temperature)
 
@@ -175,9 +196,112 @@ def _fake_choice(
     )
 
 
-transition = define_op("vtnk::constrained_node_transition", _transition, fake=_fake_transition)
-linear = define_op("vtnk::fused_linear_constrained_node_transition", _linear, fake=_fake_linear)
-sampling = define_op(
-    "vtnk::fused_linear_constrained_node_transition_sampling", _sampling, fake=_fake_choice
+def _transition_cuda(
+    logits: Tensor,
+    row_ptrs: Tensor,
+    stacked_cols_vals: Tensor,
+    cur_node: Tensor,
+    max_branches: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (logits, row_ptrs, stacked_cols_vals, cur_node, max_branches)
+    if logits.shape[0] > 0 and max_branches > 0 and triton_is_installed():
+        from rectokens.kernels import constrained_launch as launch
+
+        if launch.transition_fits(logits):
+            return launch.launch_transition(*args)
+    return _transition(*args)
+
+
+def _linear_cuda(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row_ptrs: Tensor,
+    stacked_cols_vals: Tensor,
+    cur_node: Tensor,
+    max_branches: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (a, b, bias, row_ptrs, stacked_cols_vals, cur_node, max_branches)
+    if not _kernels_fit(a, b, bias, max_branches):
+        return _linear(*args)
+    from rectokens.kernels import constrained_launch as launch
+
+    return launch.launch_linear(*args)
+
+
+def _sampling_cuda(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row_ptrs: Tensor,
+    stacked_cols_vals: Tensor,
+    cur_node: Tensor,
+    max_branches: int,
+    k: int,
+    temperature: Tensor,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _kernels_fit(a, b, bias, max_branches):
+        return _sampling(
+            a, b, bias, row_ptrs, stacked_cols_vals, cur_node, max_branches, k, temperature, seed
+        )
+    from rectokens.kernels import constrained_launch as launch
+
+    trie = launch.Trie.of(row_ptrs, stacked_cols_vals, cur_node)
+    if launch.choice_fits(max_branches, k, temperature, a.shape[0]):
+        return launch.launch_choice(a, b, bias, trie, max_branches, k, temperature, seed)
+    return _draw(*launch.child_logits(a, b, bias, trie, max_branches), k, temperature, seed)
+
+
+def _topk_cuda(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row_ptrs: Tensor,
+    stacked_cols_vals: Tensor,
+    cur_node: Tensor,
+    max_branches: int,
+    k: int,
+    temperature: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _kernels_fit(a, b, bias, max_branches):
+        return _topk(
+            a, b, bias, row_ptrs, stacked_cols_vals, cur_node, max_branches, k, temperature
+        )
+    from rectokens.kernels import constrained_launch as launch
+
+    trie = launch.Trie.of(row_ptrs, stacked_cols_vals, cur_node)
+    if launch.choice_fits(max_branches, k, temperature, a.shape[0]):
+        return launch.launch_choice(a, b, bias, trie, max_branches, k, temperature)
+    return _rank(*launch.child_logits(a, b, bias, trie, max_branches), k, temperature)
+
+
+def _kernels_fit(a: Tensor, b: Tensor, bias: Tensor | None, max_branches: int) -> bool:
+    if a.shape[0] == 0 or max_branches == 0 or not triton_is_installed():
+        return False
+    from rectokens.kernels import constrained_launch as launch
+
+    return launch.linear_fits(a, b, bias)
+
+
+transition = define_op(
+    "vtnk::constrained_node_transition", _transition, fake=_fake_transition, cuda=_transition_cuda
 )
-topk = define_op("vtnk::fused_linear_constrained_node_transition_topk", _topk, fake=_fake_choice)
+linear = define_op(
+    "vtnk::fused_linear_constrained_node_transition",
+    _linear,
+    fake=_fake_linear,
+    cuda=_linear_cuda,
+)
+sampling = define_op(
+    "vtnk::fused_linear_constrained_node_transition_sampling",
+    _sampling,
+    fake=_fake_choice,
+    cuda=_sampling_cuda,
+)
+topk = define_op(
+    "vtnk::fused_linear_constrained_node_transition_topk",
+    _topk,
+    fake=_fake_choice,
+    cuda=_topk_cuda,
+)

@@ -7,7 +7,9 @@ dispatcher does the picking, call by call, from then on.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,3 +36,9 @@ def define_op(
     if cuda is not None:
         op.register_kernel("cuda", cuda)
     return op
+
+
+@lru_cache(maxsize=1)
+def triton_is_installed() -> bool:
+    """Whether kernels can run; modules of kernels import triton only once one does."""
+    return importlib.util.find_spec("triton") is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rectokens.kernels.nn_quantize import quantize_fwd
+from rectokens.kernels.nn_quantize import quantize_fwd, residual_quantize_fwd
 
 
 def nearest_neighbor_quantize(x: Tensor, codebook: Tensor) -> Tensor:
@@ -43,6 +43,9 @@ def residual_quantize(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     """
     if not codebooks:
         raise ValueError("codebooks is empty; expected at least one")
+    first = codebooks[0]
+    if x.is_cuda and all(c.shape == first.shape and c.dtype == x.dtype for c in codebooks):
+        return residual_quantize_fwd(x, torch.stack(tuple(codebooks)))
     codes = []
     residual = x
     for level, codebook in enumerate(codebooks):

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from rectokens.kernels.nn_quantize import quantize_fwd, quantize_fwd_mm
+from rectokens.kernels.nn_quantize import quantize_fwd, quantize_fwd_mm, residual_quantize_fwd
 from rectokens.ops.nearest_reference import nearest_direct
 
 
@@ -104,3 +104,37 @@ assert state() == before, (before, state())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_residual_codes_are_those_of_one_level_after_the_other():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(30, 6, generator=generator)
+    codebooks = torch.randn(3, 9, 6, generator=generator)
+    left, expected = x, []
+    for codebook in codebooks:
+        expected.append(quantize_fwd(left, codebook))
+        left = left - codebook[expected[-1]]
+    assert torch.equal(residual_quantize_fwd(x, codebooks), torch.stack(expected, 1))
+    torch.library.opcheck(torch.ops.kmeans.residual_quantize.default, (x, codebooks))
+
+
+@pytest.mark.parametrize(
+    ("codebooks", "error", "message"),
+    [
+        (torch.zeros(9, 6), ValueError, r"expected \(L, K, D\)"),
+        (torch.zeros(0, 9, 6), ValueError, r"expected \(L, K, D\)"),
+        (torch.zeros(2, 9, 6).half(), ValueError, "float16"),
+        (torch.zeros(2, 9, 5), AssertionError, "D = 5"),
+        (torch.zeros(2, 0, 6), ValueError, "0 rows"),
+    ],
+)
+def test_bad_residual_arguments(codebooks, error, message):
+    with pytest.raises(error, match=message):
+        residual_quantize_fwd(torch.zeros(3, 6), codebooks)
+
+
+def test_the_raw_ops_check_their_arguments_too():
+    x, codebook = torch.randn(3, 7), torch.randn(4, 8)
+    for op in (torch.ops.kmeans.quantize, torch.ops.kmeans.quantize_mm):
+        with pytest.raises(AssertionError, match="D = 7 and codebook D = 8"):
+            op(x, codebook)

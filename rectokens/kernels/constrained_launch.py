@@ -1,0 +1,360 @@
+"""Forms, tile shapes and launches of the constrained transition kernels.
+
+Nothing here is public. Each `launch_...` takes the arguments of its op in
+``constrained_node_transition`` beside this, with at least one row and one branch, and does nothing
+on the host that waits for the device. Batch size and branch counts are run-time values of the
+kernels; block sizes are powers of two and bounded, so few variants are ever compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectokens.kernels import constrained_triton as kernels
+from rectokens.kernels import selection_triton as selection
+from rectokens.kernels.optional_triton import triton
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_K = 512
+MAX_BRANCHES = 1 << selection.SLOT_BITS
+_MAX_PARTS = 65535
+Choices = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """How child logits are computed.
+
+    Attributes:
+        product_share: from this share of all tokens on, M / V, the whole product is computed: a
+            gather would read a weight row again for every row that has it as a child.
+        group: rows that must stand at one node to share a product.
+        shared_slots: slots of a tile of the shared form.
+        gather_slots, gather_hidden: tile of the gather form.
+        gather_warps: warps of its programs.
+        programs: programs that fill the device a few times over; rows that are fewer are split.
+    """
+
+    product_share: float = 0.25
+    group: int = 64
+    shared_slots: int = 64
+    gather_slots: int = 8
+    gather_hidden: int = 512
+    gather_warps: int = 4
+    programs: int = 1024
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """How children are chosen: ``block`` slots a program, the rest in further parts."""
+
+    block: int = 2048
+
+
+DEFAULT_LINEAR = LinearSettings()
+DEFAULT_SELECT = SelectSettings()
+
+
+@dataclass(frozen=True)
+class Trie:
+    """The trie's tables and the rows' nodes, as the kernels read them."""
+
+    row_ptrs: Tensor
+    edges: Tensor
+    cur_node: Tensor
+
+    @classmethod
+    def of(cls, row_ptrs: Tensor, stacked_cols_vals: Tensor, cur_node: Tensor) -> Trie:
+        """Tables with a unit stride, which they ordinarily have."""
+        edges = stacked_cols_vals
+        if edges.stride(1) != 1:
+            edges = edges.contiguous()
+        return cls(row_ptrs.contiguous(), edges, cur_node.contiguous())
+
+    @property
+    def num_nodes(self) -> int:
+        """Entries of ``row_ptrs``."""
+        return self.row_ptrs.shape[0]
+
+
+def transition_fits(logits: Tensor) -> bool:
+    """Whether the kernels take these logits."""
+    return logits.dtype in KERNEL_DTYPES
+
+
+def linear_fits(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels take this layer."""
+    return all(t is None or t.dtype in KERNEL_DTYPES for t in (a, b, bias)) and a.shape[1] > 0
+
+
+def choice_fits(max_branches: int, k: int, temperature: Tensor, rows: int) -> bool:
+    """Whether the kernels choose ``k`` of so many branches."""
+    one_a_row = temperature.numel() == 1 or tuple(temperature.shape) == (rows, 1)
+    return k <= MAX_K and max_branches <= MAX_BRANCHES and one_a_row
+
+
+def launch_transition(
+    logits: Tensor,
+    row_ptrs: Tensor,
+    stacked_cols_vals: Tensor,
+    cur_node: Tensor,
+    max_branches: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch: children, and rows masked to them."""
+    trie = Trie.of(row_ptrs, stacked_cols_vals, cur_node)
+    next_node, valid_idxs = _ids(logits, max_branches)
+    corrected = logits.new_empty(tuple(logits.shape))
+    _spread(logits, corrected, next_node, valid_idxs, trie, max_branches, from_logits=True)
+    return next_node, valid_idxs, corrected
+
+
+def launch_linear(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row_ptrs: Tensor,
+    stacked_cols_vals: Tensor,
+    cur_node: Tensor,
+    max_branches: int,
+    settings: LinearSettings = DEFAULT_LINEAR,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Child logits, then rows (B, V) written once."""
+    trie = Trie.of(row_ptrs, stacked_cols_vals, cur_node)
+    next_node, valid_idxs, logits = child_logits(a, b, bias, trie, max_branches, settings)
+    spread = logits.new_empty((a.shape[0], b.shape[1]))
+    _spread(logits, spread, next_node, valid_idxs, trie, max_branches, from_logits=False)
+    return next_node, valid_idxs, spread
+
+
+def launch_choice(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    trie: Trie,
+    max_branches: int,
+    k: int,
+    temperature: Tensor,
+    seed: Tensor | None = None,
+    settings: LinearSettings = DEFAULT_LINEAR,
+    select: SelectSettings = DEFAULT_SELECT,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The k best children, or k draws where there is a seed; nothing of the size (B, V)."""
+    next_node, valid_idxs, logits = child_logits(a, b, bias, trie, max_branches, settings)
+    chosen = _choose(logits, next_node, valid_idxs, k, temperature, seed, select)
+    return next_node, valid_idxs, *chosen
+
+
+def child_logits(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    trie: Trie,
+    max_branches: int,
+    settings: LinearSettings = DEFAULT_LINEAR,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Child nodes, tokens int64 and logits float32, all (B, M); -1 and -inf in empty slots."""
+    num_rows, hidden = a.shape
+    next_node, valid_idxs = _ids(a, max_branches)
+    logits = a.new_empty((num_rows, max_branches), dtype=torch.float32)
+    outputs = (logits, next_node, valid_idxs)
+    if max_branches >= settings.product_share * b.shape[1]:
+        dense = product(a, b, bias)
+        block = min(1024, triton.next_power_of_2(max_branches))
+        with _on(a.device):
+            kernels.pick_kernel[(num_rows, triton.cdiv(max_branches, block))](
+                dense,
+                *outputs,
+                trie.row_ptrs,
+                trie.edges,
+                trie.cur_node,
+                trie.num_nodes,
+                trie.edges.stride(0),
+                dense.stride(0),
+                max_branches,
+                BLOCK_M=block,
+            )
+        return next_node, valid_idxs, logits
+    tensors = (a, b, b if bias is None else bias, *outputs, trie.row_ptrs, trie.edges)
+    sizes = (num_rows, trie.num_nodes, trie.edges.stride(0))
+    strides = (a.stride(0), a.stride(1), b.stride(1), b.stride(0))
+    # All programs of a row together cover its slots; a row is split when rows are few.
+    parts = max(1, settings.programs // num_rows, triton.cdiv(max_branches, 64))
+    parts = min(parts, triton.cdiv(max_branches, settings.gather_slots), _MAX_PARTS)
+    tile = settings.gather_slots
+    slots = triton.cdiv(triton.cdiv(max_branches, parts), tile) * tile
+    tiles = (
+        triton.cdiv(num_rows, settings.group),
+        triton.cdiv(max_branches, settings.shared_slots),
+    )
+    wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
+    common = {"HIDDEN": hidden, "HAS_BIAS": bias is not None, "GROUP": settings.group}
+    with _on(a.device):
+        kernels.gather_kernel[(num_rows, triton.cdiv(max_branches, slots))](
+            *tensors,
+            trie.cur_node,
+            *sizes,
+            *strides,
+            max_branches,
+            slots,
+            **common,
+            BLOCK_M=tile,
+            BLOCK_H=min(settings.gather_hidden, triton.next_power_of_2(hidden)),
+            num_warps=settings.gather_warps,
+        )
+        kernels.shared_kernel[tiles](
+            *tensors,
+            trie.cur_node,
+            *sizes,
+            *strides,
+            max_branches,
+            **common,
+            BLOCK_M=settings.shared_slots,
+            BLOCK_H=32 if wide else 64,
+            num_warps=8 if wide else 4,
+            num_stages=3,
+        )
+    return next_node, valid_idxs, logits
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``a @ b + bias`` in float32 (B, V), inputs of 16 bits multiplied as they are."""
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
+    block_b, block_n = (64, 64) if wide or a.shape[0] <= 64 else (128, 128)
+    with _on(a.device):
+        kernels.product_kernel[
+            (triton.cdiv(a.shape[0], block_b), triton.cdiv(b.shape[1], block_n))
+        ](
+            a,
+            b,
+            b if bias is None else bias,
+            out,
+            a.shape[0],
+            b.shape[1],
+            a.stride(0),
+            a.stride(1),
+            b.stride(1),
+            b.stride(0),
+            HIDDEN=a.shape[1],
+            HAS_BIAS=bias is not None,
+            BLOCK_B=block_b,
+            BLOCK_N=block_n,
+            BLOCK_H=32 if wide else 64,
+            num_warps=8 if wide or block_b == 128 else 4,
+            num_stages=3,
+        )
+    return out
+
+
+def _ids(like: Tensor, max_branches: int) -> tuple[Tensor, Tensor]:
+    shape = (like.shape[0], max_branches)
+    return like.new_empty(shape, dtype=torch.long), like.new_empty(shape, dtype=torch.long)
+
+
+def _spread(
+    source: Tensor,
+    out: Tensor,
+    next_node: Tensor,
+    valid_idxs: Tensor,
+    trie: Trie,
+    max_branches: int,
+    *,
+    from_logits: bool,
+) -> None:
+    num_rows, width = out.shape
+    block = min(4096, max(128, triton.next_power_of_2(width)))
+    # Rows are split until programs fill the device; every part looks at all children of its row.
+    parts = min(triton.cdiv(width, block), max(1, triton.cdiv(2048, num_rows)), _MAX_PARTS)
+    span = triton.cdiv(triton.cdiv(width, parts), block) * block
+    with _on(out.device):
+        kernels.spread_kernel[(num_rows, triton.cdiv(width, span))](
+            source,
+            out,
+            next_node,
+            valid_idxs,
+            trie.row_ptrs,
+            trie.edges,
+            trie.cur_node,
+            trie.num_nodes,
+            trie.edges.stride(0),
+            source.stride(0),
+            source.stride(1),
+            width,
+            max_branches,
+            span,
+            FROM_LOGITS=from_logits,
+            BLOCK=block,
+            BLOCK_M=min(512, max(16, triton.next_power_of_2(max_branches))),
+            num_warps=4,
+        )
+
+
+def _choose(
+    logits: Tensor,
+    next_node: Tensor,
+    valid_idxs: Tensor,
+    k: int,
+    temperature: Tensor,
+    seed: Tensor | None,
+    settings: SelectSettings,
+) -> Choices:
+    num_rows, max_branches = logits.shape
+    shape = (num_rows, k)
+    outputs = (
+        logits.new_empty(shape),
+        logits.new_empty(shape, dtype=torch.long),
+        logits.new_empty(shape, dtype=torch.long),
+        logits.new_empty(shape),
+    )
+    temperature = temperature.contiguous()
+    stride = 0 if temperature.numel() == 1 else 1
+    # The best form reads no seed; any pointer will do.
+    noise = valid_idxs if seed is None else seed
+    width = triton.next_power_of_2(k)
+    block = max(width, min(settings.block, triton.next_power_of_2(max_branches)), 16)
+    form: dict[str, Any] = {"DRAW": seed is not None, "K": width, "num_warps": _warps(block)}
+    inputs = (logits, next_node, valid_idxs, temperature)
+    with _on(logits.device):
+        if max_branches <= block:
+            selection.select_kernel[(num_rows,)](
+                *inputs, noise, *outputs, max_branches, k, stride, BLOCK=block, **form
+            )
+            return outputs
+        stats = logits.new_empty((num_rows, 2))
+        selection.stats_kernel[(num_rows,)](
+            logits, temperature, stats, max_branches, stride, BLOCK=2048, num_warps=8
+        )
+        block = max(settings.block, 4 * width)
+        parts = triton.cdiv(max_branches, block)
+        keys = valid_idxs.new_empty((num_rows, parts, width))
+        selection.part_kernel[(num_rows, parts)](
+            logits, valid_idxs, temperature, noise, stats, keys, max_branches, stride,
+            BLOCK=block, **form
+        )  # fmt: skip
+        while parts > 1:
+            count = parts * width
+            merged = min(block, triton.next_power_of_2(count))
+            parts = triton.cdiv(count, merged)
+            best = keys.new_empty((num_rows, parts, width))
+            selection.merge_kernel[(num_rows, parts)](
+                keys, best, count, K=width, BLOCK=merged, num_warps=_warps(merged)
+            )
+            keys = best
+        selection.emit_kernel[(num_rows,)](
+            keys, stats, *inputs, *outputs, max_branches, k, stride, K=width
+        )
+    return outputs
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 256))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be the tensors'.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

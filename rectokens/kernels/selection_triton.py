@@ -1,0 +1,221 @@
+# Triton gives kernels no types; parameters are pointers, tensors of the shapes stated, constants.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202
+"""Triton kernels that choose k of each row's children: the best ones, or draws without replacement.
+
+A child is one int64 key, its rank above the number of its slot, so that keys differ, larger is
+better, equal ranks go to the lower slot, and the order in which keys meet cannot matter:
+
+- the best, and draws at temperature 0: the logit's float32 bits, all of them;
+- draws: logit / temperature + Gumbel noise in float64, without its last SLOT_BITS bits.
+
+The noise has the same bits in its uniform numbers as `rectokens.ops.counter_rng`; its two
+logarithms are float64 and within a few units in the last place.
+
+A row that fits a block is done by one program. A longer one is cut into parts, whose k best keys
+are merged in as many rounds as it takes; no program waits for another.
+"""
+
+from rectokens.kernels.optional_triton import tl, triton
+
+SLOT_BITS = 20
+_SLOT_MASK = tl.constexpr((1 << SLOT_BITS) - 1)
+_NO_KEY = tl.constexpr(-(1 << 63))
+_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+_FAR = tl.constexpr(-1e308)
+_LOW31 = tl.constexpr(0x7FFFFFFF)
+_LOW63 = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+_GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
+
+
+@triton.jit
+def _mix(z):
+    z = (z ^ (z >> 30)) * tl.full(z.shape, _MULTIPLIER_1, tl.uint64)
+    z = (z ^ (z >> 27)) * tl.full(z.shape, _MULTIPLIER_2, tl.uint64)
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def hash_of(seed, row, token):
+    """SplitMix64 chained over the row and the token; uint64, shape of `token` (int64)."""
+    gamma = tl.full(token.shape, _GAMMA, tl.uint64)
+    state = _mix(tl.full(token.shape, 0, tl.uint64) + seed.to(tl.uint64) + gamma)
+    state = _mix((state ^ row.to(tl.uint64)) + gamma)
+    return _mix((state ^ token.to(tl.uint64)) + gamma)
+
+
+@triton.jit
+def gumbel_of(seed, row, token):
+    """Standard Gumbel noise, float64."""
+    uniform = ((hash_of(seed, row, token) >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.0**-52
+    # log1p(-u) by the logarithm of the rounded 1 - u, put right by how far that is from 1
+    # (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991).
+    rounded = 1.0 - uniform
+    gap = 1.0 - rounded
+    ratio = uniform / tl.where(gap == 0.0, 1.0, gap)
+    log1p = tl.where(gap == 0.0, -uniform, tl.log(rounded) * ratio)
+    return -tl.log(-log1p)
+
+
+@triton.jit
+def _clean(logit, live):
+    """NaN and what is no child to -inf."""
+    return tl.where(live & (logit == logit), logit, float("-inf"))
+
+
+@triton.jit
+def _scores(clean, peak, temperature):
+    """Logits less the row's largest over the temperature: at most 0, -inf for -inf."""
+    scale = tl.where(temperature > 0, temperature, 1.0)
+    return (tl.minimum(clean, _FLOAT32_MAX) - peak) / scale
+
+
+@triton.jit
+def _peak(clean):
+    peak = tl.max(tl.minimum(clean, _FLOAT32_MAX), axis=0)
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW: tl.constexpr):
+    if DRAW:
+        # Infinite logits share all the probability; finite ones are equally far below them.
+        finite = (clean != float("inf")) & (clean != float("-inf"))
+        unbounded = peak >= _FLOAT32_MAX
+        clean = tl.where(unbounded, tl.where(finite, -_FLOAT32_MAX, clean), clean)
+    # Minus zero is zero, so that they tie.
+    bits = tl.where(clean == 0.0, 0.0, clean).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & _LOW31)
+    keys = (order.to(tl.int64) << 32) | (slot ^ _LOW31).to(tl.int64)
+    if DRAW:
+        scale = tl.where(temperature > 0, temperature, 1.0).to(tl.float64)
+        shifted = tl.minimum(clean, _FLOAT32_MAX).to(tl.float64) - peak.to(tl.float64)
+        far = tl.where(clean == float("-inf"), float("-inf"), _FAR)
+        shifted = tl.where(unbounded, tl.where(shifted < 0.0, far, shifted), shifted)
+        noisy = shifted / scale + gumbel_of(tl.load(seed_ptr), row, token)
+        bits64 = noisy.to(tl.int64, bitcast=True)
+        order64 = bits64 ^ ((bits64 >> 63) & _LOW63)
+        drawn = (order64 | _SLOT_MASK) - slot.to(tl.int64)
+        keys = tl.where(temperature > 0, drawn, keys)
+    return tl.where(live, keys, _NO_KEY)
+
+
+@triton.jit
+def _largest(keys, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The K largest of [BLOCK] keys, descending."""
+    if K == 1:
+        best = tl.zeros((1,), tl.int64) + tl.max(keys, axis=0)
+    elif K == BLOCK:
+        best = tl.sort(keys, descending=True)
+    else:
+        best = tl.topk(keys, K)
+    return best
+
+
+@triton.jit
+def _emit(best, row, peak, log_sum, temperature, logits_ptr, next_ptr, valid_ptr,
+          out_logits_ptr, out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k,
+          K: tl.constexpr):  # fmt: skip
+    place = tl.arange(0, K)
+    chosen = best != _NO_KEY
+    source = row * max_branches + ((best & _SLOT_MASK) ^ _SLOT_MASK)
+    logit = _clean(tl.load(logits_ptr + source, mask=chosen, other=float("-inf")), chosen)
+    token = tl.load(valid_ptr + source, mask=chosen, other=-1)
+    node = tl.load(next_ptr + source, mask=chosen, other=-1)
+    log_proba = tl.minimum(_scores(logit, peak, temperature) - log_sum, 0.0)
+    log_proba = tl.where(logit == float("-inf"), float("-inf"), log_proba)
+    asked = place < k
+    tl.store(out_logits_ptr + row * k + place, logit, mask=asked)
+    tl.store(out_tokens_ptr + row * k + place, token, mask=asked)
+    tl.store(out_nodes_ptr + row * k + place, node, mask=asked)
+    tl.store(out_log_probas_ptr + row * k + place, log_proba, mask=asked)
+
+
+@triton.jit(do_not_specialize=["max_branches", "k", "temperature_stride"])
+def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, out_logits_ptr,
+                  out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k,
+                  temperature_stride, DRAW: tl.constexpr, K: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """Choices of one row of at most BLOCK slots: four outputs (B, k)."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, BLOCK)
+    inside = slot < max_branches
+    token = tl.load(valid_ptr + row * max_branches + slot, mask=inside, other=-1)
+    live = token >= 0
+    logit = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=float("-inf"))
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    clean = _clean(logit, live)
+    peak = _peak(clean)
+    log_sum = tl.log(tl.sum(tl.exp(_scores(clean, peak, temperature)), axis=0))
+    keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW)
+    _emit(_largest(keys, K, BLOCK), row, peak, log_sum, temperature, logits_ptr, next_ptr,
+          valid_ptr, out_logits_ptr, out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr,
+          max_branches, k, K)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_branches", "temperature_stride"])
+def stats_kernel(logits_ptr, temperature_ptr, stats_ptr, max_branches, temperature_stride,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """A row's largest logit, and the log of the sum of its scores' exponentials: (B, 2)."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, max_branches, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        live = slot < max_branches
+        logit = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=float("-inf"))
+        largest = tl.maximum(largest, _clean(logit, live))
+    peak = _peak(largest)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, max_branches, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        live = slot < max_branches
+        logit = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=float("-inf"))
+        total += tl.exp(_scores(_clean(logit, live), peak, temperature))
+    tl.store(stats_ptr + row * 2, peak)
+    tl.store(stats_ptr + row * 2 + 1, tl.log(tl.sum(total, axis=0)))
+
+
+@triton.jit(do_not_specialize=["max_branches", "temperature_stride"])
+def part_kernel(logits_ptr, valid_ptr, temperature_ptr, seed_ptr, stats_ptr, keys_ptr,
+                max_branches, temperature_stride, DRAW: tl.constexpr, K: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """The K best keys of BLOCK slots of one row, to `keys` (B, parts, K)."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    slot = part * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < max_branches
+    token = tl.load(valid_ptr + row * max_branches + slot, mask=inside, other=-1)
+    live = token >= 0
+    logit = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=float("-inf"))
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    peak = tl.load(stats_ptr + row * 2)
+    keys = _keys(_clean(logit, live), live, peak, slot, token, row, temperature, seed_ptr, DRAW)
+    out = keys_ptr + (row * tl.num_programs(1) + part) * K + tl.arange(0, K)
+    tl.store(out, _largest(keys, K, BLOCK))
+
+
+@triton.jit(do_not_specialize=["count"])
+def merge_kernel(keys_ptr, out_ptr, count, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The K best of BLOCK keys of one row of `keys` (B, count), to `out` (B, parts, K)."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    place = part * BLOCK + tl.arange(0, BLOCK)
+    keys = tl.load(keys_ptr + row * count + place, mask=place < count, other=_NO_KEY)
+    out = out_ptr + (row * tl.num_programs(1) + part) * K + tl.arange(0, K)
+    tl.store(out, _largest(keys, K, BLOCK))
+
+
+@triton.jit(do_not_specialize=["max_branches", "k", "temperature_stride"])
+def emit_kernel(keys_ptr, stats_ptr, logits_ptr, next_ptr, valid_ptr, temperature_ptr,
+                out_logits_ptr, out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k,
+                temperature_stride, K: tl.constexpr):  # fmt: skip
+    """Choices of one row from its merged keys (B, K)."""
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.load(keys_ptr + row * K + tl.arange(0, K))
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    _emit(best, row, tl.load(stats_ptr + row * 2), tl.load(stats_ptr + row * 2 + 1), temperature,
+          logits_ptr, next_ptr, valid_ptr, out_logits_ptr, out_tokens_ptr, out_nodes_ptr,
+          out_log_probas_ptr, max_branches, k, K)  # fmt: skip

@@ -1,0 +1,125 @@
+"""The kernel benchmarks, tried out on the CPU at small sizes: options, checks, CSV files."""
+
+import csv
+
+import pytest
+import torch
+
+from examples.scripts.benchmark import (
+    benchmark_constrained_serving,
+    benchmark_fused_sample,
+    benchmark_nn_quantize,
+    benchmark_vtnk,
+    kernel_timing,
+)
+
+MODULES = [
+    benchmark_vtnk,
+    benchmark_fused_sample,
+    benchmark_nn_quantize,
+    benchmark_constrained_serving,
+]
+SMALL = {
+    benchmark_vtnk: ["--batches", "2", "4", "--vocabs", "40", "--hidden", "8"],
+    benchmark_fused_sample: ["--batches", "2", "--vocabs", "300", "--hidden", "8", "--topk", "5"],
+    benchmark_nn_quantize: ["--batches", "3", "--dims", "4", "8", "--codes", "5"],
+    benchmark_constrained_serving: [
+        *("--rows", "5", "--hiddens", "8", "--vocab", "60", "--nodes", "20", "--most", "9"),
+        *("--topk", "3"),
+    ],
+}
+
+
+def run(module, folder, *more):
+    module.main(["--device", "cpu", "--out", str(folder), *SMALL[module], *more])
+    with next(folder.glob("*.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_vtnk(tmp_path):
+    lines = run(benchmark_vtnk, tmp_path)
+    assert (tmp_path / "bench_vtnk.csv").exists()
+    assert [(line["B"], line["N"]) for line in lines] == [("2", "40"), ("4", "40")]
+    assert list(lines[0])[:9] == [
+        *("B", "N", "ms_fused", "ms_kernel", "ms_pytorch", "ms_sparse_pytorch"),
+        *("speedup_fused_vs_kernel", "speedup_fused_vs_pytorch"),
+        "speedup_fused_vs_sparse_pytorch",
+    ]
+    assert all(float(line["ms_fused"]) > 0 for line in lines)
+
+
+def test_vtnk_with_the_opt_in_arm_at_one_size(tmp_path):
+    more = ["--algorithms", "fused", "trie_cpu", "--batches", "3"]
+    lines = run(benchmark_vtnk, tmp_path, *more)
+    assert float(lines[0]["ms_trie_cpu"]) > 0
+    assert "ms_kernel" not in lines[0]
+
+
+def test_fused_sample(tmp_path):
+    lines = run(benchmark_fused_sample, tmp_path)
+    assert (tmp_path / "bench_fused_sample.csv").exists()
+    assert list(lines[0])[:8] == [
+        *("B", "N", "ms_fused_sample", "ms_sparse_pytorch_sample", "ms_fused_topk"),
+        *("ms_sparse_pytorch_topk", "speedup_fused_vs_sparse_pytorch_sample"),
+        "speedup_fused_topk_vs_sparse_pytorch_topk",
+    ]
+    # Three of 300 tokens are allowed: k is capped.
+    assert lines[0]["k"] == "3"
+
+
+def test_nn_quantize(tmp_path):
+    lines = run(benchmark_nn_quantize, tmp_path)
+    assert (tmp_path / "bench_nn_quantize_N5.csv").exists()
+    assert list(lines[0])[:12] == [
+        *("B", "D", "BN", "ms_quantize_fwd", "ms_quantize_fwd_mm", "ms_cdist_compiled"),
+        *("ms_faiss_search", "speedup_fwd_vs_mm", "speedup_fwd_vs_cdist", "speedup_mm_vs_cdist"),
+        *("speedup_fwd_vs_faiss", "speedup_mm_vs_faiss"),
+    ]
+    assert {line["agreement_quantize_fwd"] for line in lines} == {"1.0"}
+
+
+def test_serving(tmp_path):
+    lines = run(benchmark_constrained_serving, tmp_path)
+    assert [line["algorithm"] for line in lines] == ["fused", "topk", "sample", "sparse_pytorch"]
+    assert all(float(line["floor_ms"]) > 0 and line["M"] == "9" for line in lines)
+
+
+def test_the_grids_of_the_contract():
+    options = benchmark_vtnk.parse([])
+    assert tuple(options.batches) == (256, 1024, 4096)
+    assert tuple(options.vocabs) == (512, 1024, 8192, 150_000)
+    assert (options.hidden, options.dtype, options.sparsity) == (512, "float32", 0.01)
+    assert "trie_cpu" not in options.algorithms
+    assert benchmark_fused_sample.parse([]).topk == 50
+    grid = benchmark_nn_quantize.parse([])
+    assert tuple(grid.batches) == (32, 256, 1024, 4096, 16_384, 32_768, 65_536)
+    assert (tuple(grid.dims), tuple(grid.codes)) == ((64, 128, 256), (64, 128, 256, 512))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_an_unknown_algorithm_is_refused(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse(["--algorithms", "magic"])
+    assert "magic" in capsys.readouterr().err
+
+
+def test_a_wrong_result_prints_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        benchmark_nn_quantize, "quantize_fwd", lambda x, _: torch.full((x.shape[0],), 0)
+    )
+    with pytest.raises(RuntimeError, match="agree with float64"):
+        run(benchmark_nn_quantize, tmp_path, "--batches", "64")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ratio_needs_both_times():
+    assert kernel_timing.ratio(3.0, 2.0) == 1.5
+    assert kernel_timing.ratio(None, 2.0) is None
+    assert kernel_timing.ratio(float("nan"), 2.0) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_without_a_device_it_says_so(module):
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        module.main([])
