@@ -1,46 +1,15 @@
-"""Files and folders on disk: plain names, hashing, and writes that a crash cannot leave half."""
+"""Files and folders on disk: plain names, hashing, flushing."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from rectokens.artifacts.errors import ArtifactError
-
-PARTIAL_PREFIX = ".partial-"
-
-
-def partial_sibling(root: Path) -> Path:
-    """A fresh hidden name in ``root`` for something not finished yet."""
-    return root / f"{PARTIAL_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Write a single file so that ``path`` appears complete or not at all.
-
-    Yields:
-        A temporary sibling (same suffix) to write to; renamed to ``path`` when the block ends,
-        removed when it raises.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_sibling(path.parent)
-    partial = partial.with_name(partial.name + path.suffix)
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        fsync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+from rectokens.core.atomic_file import fsync_folder, ordinary_mode
 
 
 def require_plain_name(name: str, where: str) -> None:
@@ -84,31 +53,15 @@ def sha256_files(folder: Path, names: Sequence[str]) -> list[str]:
 def flush_folder(folder: Path) -> None:
     """Flush every file and folder below to the disk, and the folder itself.
 
-    Files get the permissions that the process's umask says: some writers make them private to
-    their owner, and a server is often another user.
+    Files get ordinary permissions, so that a server may be another user than their writer.
     """
-    mode = 0o666 & ~_umask()
+    mode = ordinary_mode()
     for name in names_below(folder, hidden=True):
         with open(folder / name, "rb") as file:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
     for parent, _, _ in os.walk(folder):
         fsync_folder(Path(parent))
-
-
-def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sha256(path: Path) -> str:

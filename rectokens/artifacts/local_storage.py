@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 
 from rectokens.artifacts.activation import Activation, from_line, from_lines, to_line
 from rectokens.artifacts.errors import ArtifactError
-from rectokens.artifacts.files import atomic_file, fsync_folder, partial_sibling
 from rectokens.artifacts.json_fields import MAX_JSON_BYTES
 from rectokens.artifacts.manifest import (
     ARTIFACT_KINDS,
@@ -24,6 +23,7 @@ from rectokens.artifacts.manifest import (
 )
 from rectokens.artifacts.storage import StoreBusyError
 from rectokens.artifacts.store import ArtifactStore
+from rectokens.core.atomic_file import atomic_file, fsync_folder, partial_sibling
 
 ACTIVE_NAME = "active.json"
 HISTORY_NAME = "history.jsonl"

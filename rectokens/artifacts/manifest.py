@@ -18,15 +18,13 @@ from typing import Any, Literal, get_args
 
 from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.files import (
-    PARTIAL_PREFIX,
     flush_folder,
-    fsync_folder,
     names_below,
-    partial_sibling,
     require_plain_name,
     sha256_files,
 )
 from rectokens.artifacts.json_fields import JsonObject, read_json, require_finite, write_json
+from rectokens.core.atomic_file import PARTIAL_PREFIX, fsync_folder, partial_sibling
 
 ArtifactKind = Literal["tokenizer", "model", "catalog", "release"]
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)

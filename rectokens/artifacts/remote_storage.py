@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rectokens.artifacts.activation import Activation, from_line, to_line
 from rectokens.artifacts.errors import ArtifactError
-from rectokens.artifacts.files import flush_folder, fsync_folder, partial_sibling
+from rectokens.artifacts.files import flush_folder
 from rectokens.artifacts.json_fields import MAX_JSON_BYTES
 from rectokens.artifacts.manifest import (
     ARTIFACT_KINDS,
@@ -30,6 +30,7 @@ from rectokens.artifacts.manifest import (
     remove_partials,
 )
 from rectokens.artifacts.store import ArtifactStore, kind_folder
+from rectokens.core.atomic_file import fsync_folder, partial_sibling
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

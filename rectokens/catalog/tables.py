@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rectokens.artifacts.files import atomic_file
 from rectokens.catalog.sources import integer_list_column, list_matrix, map_npy
+from rectokens.core.atomic_file import atomic_file
 
 ID_COLUMN = "item_id"
 CODES_COLUMN = "codes"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rectokens.core.atomic_file import atomic_file
 
 
 def write_checkpoint(path: str | PathLike[str], payload: dict[str, Any]) -> None:
@@ -20,22 +21,9 @@ def write_checkpoint(path: str | PathLike[str], payload: dict[str, Any]) -> None
     Args:
         payload: tensors, numbers, strings, lists and dicts only.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private to its owner; the result follows the process's umask.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    # Through a file object: given a name, torch would store the temporary one inside.
+    with atomic_file(Path(path)) as partial, open(partial, "wb") as file:
+        torch.save(payload, file)
 
 
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rectokens.artifacts.files import atomic_file
+from rectokens.core.atomic_file import atomic_file
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path):
