@@ -83,6 +83,7 @@ class RecommendQuery:
         seed: of the sample; None lets the server draw one.
         exclude_history: keep the known items of ``parts`` out of the answer.
         exclude_items: item ids to keep out.
+        allow_items: only these item ids are returned; None for no such list.
         constraint_sets: names; only items in all of them are returned. Empty for no constraint.
         normalization: see ``SearchRequest``.
         with_metadata: tell each item's metadata.
@@ -107,6 +108,7 @@ class RecommendQuery:
     deadline_s: float
     prompt: TokenPrompt | EmbedsPrompt | None = None
     refuse_unknown_items: bool = False
+    allow_items: tuple[str, ...] | None = None
 
     @property
     def is_quick(self) -> bool:
@@ -115,7 +117,8 @@ class RecommendQuery:
             not isinstance(self.prompt, EmbedsPrompt)
             # The first use of an intersection counts through the whole catalog.
             and len(self.constraint_sets) == 0
-            and len(self.parts) + len(self.exclude_items) <= _QUICK_IDS
+            and len(self.parts) + len(self.exclude_items) + len(self.allow_items or ())
+            <= _QUICK_IDS
             and sum(len(p.text) for p in self.parts if isinstance(p, TextPart)) <= _QUICK_CHARS
         )
 
@@ -250,6 +253,7 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
         normalization=query.normalization,
         excluded_items=_sorted_unique(excluded),
         allowed_prefix=_allowed_prefix(query.constraint_sets, catalog),
+        allowed_items=_allowed_items(query.allow_items, catalog),
         prompt_embeds=embeds,
     )
     return PreparedSearch(search, prompt, unknown)
@@ -363,6 +367,15 @@ def _allowed_prefix(names: Sequence[str], catalog: Catalog) -> Tensor | None:
             f"constraint_set {unknown[0]!r} is not in catalog {catalog.version}; known: {known}",
         )
     return catalog.allowed_prefix(names)
+
+
+def _allowed_items(item_ids: Sequence[str] | None, catalog: Catalog) -> Tensor | None:
+    """Indices of an allow-list, sorted, without repeats and without unknown ids."""
+    if item_ids is None:
+        return None
+    indices = catalog.index_of(item_ids)
+    allowed: Tensor = indices[indices >= 0].unique(sorted=True)
+    return allowed
 
 
 def _sorted_unique(indices: Sequence[Tensor]) -> Tensor | None:

@@ -88,6 +88,7 @@ class LimitSettings(_Group):
     max_exclude_items: int = Field(
         default=10_000, ge=0, description="Most entries of exclude_items."
     )
+    max_allow_items: int = Field(default=10_000, ge=0, description="Most entries of allow_items.")
     max_constraint_sets: int = Field(
         default=8, ge=1, description="Most constraint sets one request may intersect."
     )

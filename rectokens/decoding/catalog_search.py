@@ -160,6 +160,8 @@ def _is_allowed(request: SearchRequest, index: int) -> bool:
     prefix = request.allowed_prefix
     if prefix is not None and prefix[index + 1] == prefix[index]:
         return False
+    if request.allowed_items is not None and index not in request.allowed_items.tolist():
+        return False
     return request.excluded_items is None or index not in request.excluded_items.tolist()
 
 

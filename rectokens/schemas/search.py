@@ -28,6 +28,9 @@ class SearchRequest:
         excluded_items: int64 (X,), item indices, sorted and unique, never returned.
         allowed_prefix: int32 (N + 1,), entry i = allowed items among the first i; None allows
             all. Several constraint sets are intersected before they get here.
+        allowed_items: int64 (A,), item indices, sorted and unique, the only ones that may be
+            returned; None allows all, an empty list none. The filters that a request has hold
+            together: an item must pass every one of them.
         prompt_embeds: floating point (T, H), the prompt as input embeddings instead of token
             ids; None for a prompt of token ids.
     """
@@ -41,6 +44,7 @@ class SearchRequest:
     excluded_items: Tensor | None = None
     allowed_prefix: Tensor | None = None
     prompt_embeds: Tensor | None = None
+    allowed_items: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_embeds is not None:

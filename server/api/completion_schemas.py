@@ -110,6 +110,7 @@ class CompletionRequest(StrictRequest):
 
     beam_width: int | None = Field(default=None, ge=1, description="As in /v1/recommend.")
     exclude_items: list[ItemId] = Field(default=[], description="As in /v1/recommend.")
+    allow_items: list[ItemId] | None = Field(default=None, description="As in /v1/recommend.")
     exclude_history: bool = Field(
         default=False, description="Keep the items that the prompt's text names out."
     )

@@ -21,6 +21,7 @@ class SearchFields(Protocol):
     temperature: float | None
     seed: int | None
     exclude_items: list[str]
+    allow_items: list[str] | None
     constraint_set: str | list[str] | None
     normalization: NormalizationName | None
     timeout_ms: int | None
@@ -97,12 +98,15 @@ def build_query(
     timeout_ms = _bounded("timeout_ms", body.timeout_ms, defaults.timeout_ms, limits.max_timeout_ms)
     check_count("exclude_items", body.exclude_items, limits.max_exclude_items)
     check_ids("exclude_items", body.exclude_items, limits.max_item_id_chars)
+    check_count("allow_items", body.allow_items or (), limits.max_allow_items)
+    check_ids("allow_items", body.allow_items or (), limits.max_item_id_chars)
     return RecommendQuery(
         top_k=top_k,
         beam_width=beam_width,
         temperature=temperature,
         seed=body.seed,
         exclude_items=tuple(body.exclude_items),
+        allow_items=None if body.allow_items is None else tuple(body.allow_items),
         constraint_sets=_constraint_sets(body.constraint_set, limits),
         normalization=body.normalization or defaults.normalization,
         deadline_s=arrival_s + timeout_ms / 1000,

@@ -140,6 +140,11 @@ class RecommendRequest(StrictRequest):
     exclude_items: list[ItemId] = Field(
         default=[], description="Item ids to keep out. Ids the catalog does not know are ignored."
     )
+    allow_items: list[ItemId] | None = Field(
+        default=None,
+        description="Only these items are returned. Ids the catalog does not know are ignored; "
+        "an empty list allows nothing. Holds together with the other filters.",
+    )
     constraint_set: str | list[str] | None = Field(
         default=None,
         description="Name of a constraint set of the catalog; only its items are returned. "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rectokens.decoding.beam_step import Beams, StepOptions, beam_step
+from rectokens.decoding.device_prefixes import DevicePrefixes
 from rectokens.decoding.filters import BatchFilters
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
@@ -32,6 +33,7 @@ class Engine:
         self._runner = runner
         self._item_tokens = item_tokens
         self.device: torch.device = model.device
+        self._prefixes = DevicePrefixes(self.device)
         self._vocab_size, self._hidden_size = map(int, model.get_input_embeddings().weight.shape)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._max_prompt_tokens = int(limit or 1 << 20) - item_tokens.num_levels + 1
@@ -90,7 +92,7 @@ class Engine:
         self, requests: Sequence[SearchRequest], trie: CatalogTrie
     ) -> tuple[tuple[SearchResult | EngineFault, ...], float, float]:
         started = time.perf_counter()
-        filters = BatchFilters.from_requests(requests, trie.num_items, self.device)
+        filters = BatchFilters.from_requests(requests, trie.num_items, self.device, self._prefixes)
         options = StepOptions.from_requests(requests, self.device)
         with_vocab_norm = any(request.normalization == "vocab" for request in requests)
         session = self._runner.session()

@@ -57,11 +57,15 @@ def _fill(
     width = min(int(live.sum()), request.top_k)  # every live leaf has at least one allowed item
     excluded = frozenset(() if request.excluded_items is None else request.excluded_items.tolist())
     prefix = request.allowed_prefix
+    listed = request.allowed_items
+    allowed = None if listed is None else frozenset(listed.tolist())
     hits: list[SearchHit] = []
     columns = (t[:width].tolist() for t in (scores, first, last, codes, code_scores))
     for score, lo, hi, semantic_id, level_scores in zip(*columns, strict=True):
         for item in range(lo, hi):
             if item in excluded or (prefix is not None and prefix[item + 1] == prefix[item]):
+                continue
+            if allowed is not None and item not in allowed:
                 continue
             hits.append(SearchHit(item, tuple(semantic_id), score, tuple(level_scores)))
             if len(hits) == request.top_k:

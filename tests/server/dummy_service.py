@@ -75,11 +75,10 @@ class DummyEngine:
 
 def first_allowed(request: SearchRequest, trie: CatalogTrie) -> SearchResult:
     excluded = set() if request.excluded_items is None else set(request.excluded_items.tolist())
-    prefix = request.allowed_prefix
+    prefix, listed = request.allowed_prefix, request.allowed_items
+    candidates = range(trie.num_items) if listed is None else listed.tolist()
     items = [
-        i
-        for i in range(trie.num_items)
-        if i not in excluded and (prefix is None or prefix[i + 1] > prefix[i])
+        i for i in candidates if i not in excluded and (prefix is None or prefix[i + 1] > prefix[i])
     ][: request.top_k]
     leaves = torch.searchsorted(trie.leaf_item_ptrs, torch.tensor(items).int(), right=True) - 1
     hits = tuple(

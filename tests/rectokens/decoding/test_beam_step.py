@@ -148,14 +148,19 @@ def test_items_left_equals_counting(data: st.DataObject) -> None:
     requests, allowed_sets, excluded_sets = [], [], []
     for _ in range(data.draw(st.integers(1, 3))):
         allowed = data.draw(st.none() | st.sets(index))
+        listed = data.draw(st.none() | st.sets(index))
         excluded = data.draw(st.sets(index))
-        allowed_sets.append(set(range(items)) if allowed is None else allowed)
+        allowed_sets.append(
+            (set(range(items)) if allowed is None else allowed)
+            & (set(range(items)) if listed is None else listed)
+        )
         excluded_sets.append(excluded)
         requests.append(
             request(
                 1,
                 excluded_items=torch.tensor(sorted(excluded), dtype=torch.long),
                 allowed_prefix=None if allowed is None else prefix_of(sorted(allowed), items),
+                allowed_items=None if listed is None else torch.tensor(sorted(listed)).long(),
             )
         )
     filters = BatchFilters.from_requests(requests, items, CPU)

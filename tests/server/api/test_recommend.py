@@ -152,6 +152,27 @@ async def test_a_constraint_set_and_an_intersection_of_two(running):
     assert response.json()["shortfall"] == {"reason": "filters", "returned": 5}
 
 
+async def test_an_allow_list_holds_together_with_every_other_filter(running):
+    def ids(response):
+        return [item["item_id"] for item in response.json()["items"]]
+
+    listed = ["B008", "B001", "nope", "B004", "B008", "B006", "B029"]
+    body = {"history": ["B004"], "allow_items": listed, "top_k": 10}
+    assert ids(await running.post(body)) == ["B001", "B006", "B008", "B029"]
+    body |= {"constraint_set": ["even", "early"], "exclude_items": ["B006"]}
+    response = await running.post(body)
+    assert ids(response) == ["B008"]
+    assert response.json()["shortfall"] == {"reason": "filters", "returned": 1}
+
+
+async def test_an_empty_allow_list_allows_nothing(running):
+    response = await running.post({"history": [], "allow_items": []})
+    assert response.json()["items"] == []
+    assert response.json()["shortfall"] == {"reason": "filters", "returned": 0}
+    response = await running.post({"history": [], "allow_items": None, "top_k": 1})
+    assert len(response.json()["items"]) == 1
+
+
 async def test_an_unknown_constraint_set_is_answered_with_the_known(running):
     response = await running.post({"history": [], "constraint_set": ["even", "odd"]})
     message = assert_error(response, 422, "invalid_value", "constraint_set")
@@ -274,6 +295,8 @@ BAD_BODIES = [
     ({"history": [], "exclude_history": "yes"}, "exclude_history", "'yes'"),
     ({"history": [], "exclude_items": None}, "exclude_items", "list"),
     ({"history": [], "exclude_items": ["x"] * 10_001}, "exclude_items", "10001 entries"),
+    ({"history": [], "allow_items": ["x"] * 10_001}, "allow_items", "10001 entries"),
+    ({"history": [], "allow_items": "B001"}, "allow_items", "list"),
     ({"history": [], "constraint_set": 3}, "constraint_set", "3"),
     ({"history": [], "constraint_set": ["even"] * 9}, "constraint_set", "9 entries; at most 8"),
     ({"history": [], "normalization": "softmax"}, "normalization", "'softmax'"),

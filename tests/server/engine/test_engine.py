@@ -65,6 +65,7 @@ def requests_of(draw: st.DrawFn, num_items: int) -> SearchRequest:
     width = draw(st.integers(1, 12))
     excluded = draw(st.none() | st.sets(st.integers(0, num_items - 1)))
     allowed = draw(st.none() | st.lists(st.booleans(), min_size=num_items, max_size=num_items))
+    listed = draw(st.none() | st.none() | st.sets(st.integers(0, num_items - 1)))
     prefix = None
     if allowed is not None:
         counts = torch.tensor([False, *allowed]).int()
@@ -78,6 +79,7 @@ def requests_of(draw: st.DrawFn, num_items: int) -> SearchRequest:
         normalization=draw(st.sampled_from(NORMALIZATIONS)),
         excluded_items=None if excluded is None else torch.tensor(sorted(excluded)).long(),
         allowed_prefix=prefix,
+        allowed_items=None if listed is None else torch.tensor(sorted(listed)).long(),
     )
 
 
