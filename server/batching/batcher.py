@@ -315,7 +315,8 @@ class Batcher:
     def _search(self, batch: list[Place]) -> BatchOutcome:
         release = _work(batch[0]).release
         requests = [_work(place).search for place in batch]
-        outcome = release.engine.search(requests, release.trie)
+        prepared = release.engine.prepare(requests, release.trie)
+        outcome = release.engine.run(prepared, lambda row: _work(batch[row]).answer.done())
         if len(outcome.results) != len(batch):
             raise RuntimeError(
                 f"engine gave {len(outcome.results)} results for {len(batch)} requests"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +19,32 @@ from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.runners import Prompts, Runner
 from server.engine.selection import collect_results
-from server.engine.types import BatchOutcome, EngineFault
+from server.engine.types import BatchOutcome, EngineFault, HasLeft, nobody_left
+
+_LEFT = EngineFault("its caller has left")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBatch:
+    """A batch before its turn.
+
+    Attributes:
+        requests: the sound ones, in order.
+        rows: place of each in the batch.
+        faults: one a request of the batch, None for the sound ones.
+        trie: the catalog.
+        prompts: one a sound request.
+        filters: theirs, on the device.
+        options: theirs, on the device.
+    """
+
+    requests: tuple[SearchRequest, ...]
+    rows: tuple[int, ...]
+    faults: tuple[EngineFault | None, ...]
+    trie: CatalogTrie
+    prompts: Prompts
+    filters: BatchFilters
+    options: StepOptions
 
 
 class Engine:
@@ -34,6 +61,8 @@ class Engine:
         self._item_tokens = item_tokens
         self.device: torch.device = model.device
         self._prefixes = DevicePrefixes(self.device)
+        # Copies made for the next batch shall not queue behind the kernels of the running one.
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._vocab_size, self._hidden_size = map(int, model.get_input_embeddings().weight.shape)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._max_prompt_tokens = int(limit or 1 << 20) - item_tokens.num_levels + 1
@@ -54,18 +83,18 @@ class Engine:
         return self._hidden_size
 
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
-        """Answer a batch.
+        """Answer a batch: see :meth:`prepare` and :meth:`run`."""
+        return self.run(self.prepare(requests, trie))
+
+    def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> PreparedBatch:
+        """Check a batch and copy what it brings to the device. Any thread may, at any time.
 
         Args:
             requests: may differ in everything; the order of the answers is theirs.
             trie: the catalog, on the engine's device.
 
-        Returns:
-            One result a request. A request that is at fault by itself (a prompt the model
-            cannot take, NaN logits) gets an ``EngineFault``; its neighbours are answered.
-
         Raises:
-            ValueError: a trie that does not fit the model.
+            ValueError: a trie that does not fit the model, or a filter of another catalog.
         """
         if (trie.num_levels, trie.codebook_size) != (
             self._item_tokens.num_levels,
@@ -75,40 +104,66 @@ class Engine:
                 f"the catalog has {trie.num_levels} levels of {trie.codebook_size} codes; the "
                 f"model has {self._item_tokens.num_levels} of {self._item_tokens.codebook_size}"
             )
-        faults = [self._prompt_fault(request) for request in requests]
-        sound = [request for request, fault in zip(requests, faults, strict=True) if fault is None]
-        results: list[SearchResult | EngineFault] = []
+        faults = tuple(self._prompt_fault(request) for request in requests)
+        rows = tuple(row for row, fault in enumerate(faults) if fault is None)
+        sound = tuple(requests[row] for row in rows)
+        with self._copying():
+            return PreparedBatch(
+                requests=sound,
+                rows=rows,
+                faults=faults,
+                trie=trie,
+                prompts=[r.prompt if r.prompt_embeds is None else r.prompt_embeds for r in sound],
+                filters=BatchFilters.from_requests(
+                    sound, trie.num_items, self.device, self._prefixes
+                ),
+                options=StepOptions.from_requests(sound, self.device),
+            )
+
+    def run(self, prepared: PreparedBatch, has_left: HasLeft = nobody_left) -> BatchOutcome:
+        """Answer a prepared batch.
+
+        Args:
+            prepared: by this engine.
+            has_left: looked at between levels: a request whose caller has left costs nothing
+                from there on, and a batch that everybody has left ends.
+
+        Returns:
+            One result a request. A request that is at fault by itself (a prompt the model
+            cannot take, NaN logits) gets an ``EngineFault``; its neighbours are answered.
+        """
+        results: list[SearchResult | EngineFault | None] = list(prepared.faults)
         prefill_s = decode_s = 0.0
-        if sound:
-            answers, prefill_s, decode_s = self._search(sound, trie)
-            remaining = iter(answers)
-            results = [fault or next(remaining) for fault in faults]
-        else:
-            results = [fault for fault in faults if fault is not None]
-        return BatchOutcome(tuple(results), prefill_s, decode_s)
+        if prepared.requests:
+            answers, prefill_s, decode_s = self._run(prepared, has_left)
+            for row, answer in zip(prepared.rows, answers, strict=True):
+                results[row] = answer
+        return BatchOutcome(tuple(r for r in results if r is not None), prefill_s, decode_s)
 
     @torch.inference_mode()
-    def _search(
-        self, requests: Sequence[SearchRequest], trie: CatalogTrie
-    ) -> tuple[tuple[SearchResult | EngineFault, ...], float, float]:
+    def _run(
+        self, batch: PreparedBatch, has_left: HasLeft
+    ) -> tuple[Sequence[SearchResult | EngineFault], float, float]:
         started = time.perf_counter()
-        filters = BatchFilters.from_requests(requests, trie.num_items, self.device, self._prefixes)
-        options = StepOptions.from_requests(requests, self.device)
+        trie, requests = batch.trie, batch.requests
         with_vocab_norm = any(request.normalization == "vocab" for request in requests)
         session = self._runner.session()
-        prompts: Prompts = [
-            r.prompt if r.prompt_embeds is None else r.prompt_embeds for r in requests
-        ]
-        level = session.prefill(prompts, with_vocab_norm=with_vocab_norm)
+        level = session.prefill(batch.prompts, with_vocab_norm=with_vocab_norm)
         self._synchronize()
         prefilled = time.perf_counter()
 
+        left = [False] * len(requests)
         beams = Beams.root(len(requests), self.device)
         codes = torch.empty(len(requests), 1, 0, dtype=torch.long, device=self.device)
         code_scores = torch.empty(len(requests), 1, 0, device=self.device)
         for depth in range(trie.num_levels):
+            left = [was or has_left(row) for was, row in zip(left, batch.rows, strict=True)]
+            if all(left):
+                return [_LEFT] * len(requests), prefilled - started, time.perf_counter() - prefilled
+            if any(left):
+                beams = _without(beams, left)
             step = beam_step(
-                trie, depth, beams, level.logits, options, filters, level.vocab_log_norm
+                trie, depth, beams, level.logits, batch.options, batch.filters, level.vocab_log_norm
             )
             width = self._width(step.alive, step.codes.shape[1])
             parents, chosen = step.parents[:, :width], step.codes[:, :width]
@@ -118,7 +173,18 @@ class Engine:
             if depth + 1 < trie.num_levels:
                 level = session.advance(parents, chosen, depth + 1, with_vocab_norm=with_vocab_norm)
         results = collect_results(requests, trie, beams, codes, code_scores)
+        results = tuple(_LEFT if gone else r for gone, r in zip(left, results, strict=True))
         return results, prefilled - started, time.perf_counter() - prefilled
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Copies made within are complete afterwards, whatever the engine is running."""
+        if self._copies is None:
+            yield
+            return
+        with torch.cuda.stream(self._copies):
+            yield
+        self._copies.synchronize()
 
     def _width(self, alive: Tensor, width: int) -> int:
         """Slots worth running: on a CPU, where looking is free, only as many as are alive."""
@@ -147,6 +213,12 @@ class Engine:
                 f"prompt has token ids {low} to {high}; allowed are 0 to {self._vocab_size - 1}"
             )
         return None
+
+
+def _without(beams: Beams, left: Sequence[bool]) -> Beams:
+    """The beams without those of the requests that are not wanted any more."""
+    gone = torch.tensor(left, device=beams.scores.device)[:, None]
+    return replace(beams, scores=beams.scores.masked_fill(gone, -torch.inf))
 
 
 def _follow(history: Tensor, parents: Tensor, new: Tensor) -> Tensor:

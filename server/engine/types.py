@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest, SearchResult
@@ -36,8 +36,21 @@ class BatchOutcome:
     decode_s: float
 
 
+# Whether nobody waits any more for the answer to the request at this place of the batch.
+HasLeft = Callable[[int], bool]
+
+
+def nobody_left(row: int) -> bool:
+    """Every caller waits."""
+    return False
+
+
 class SearchEngine(Protocol):
-    """A loaded model that searches a catalog. Used by one thread at a time."""
+    """A loaded model that searches a catalog.
+
+    ``run`` and ``search`` are used by one thread at a time; ``prepare`` may be called by another
+    one meanwhile.
+    """
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -54,6 +67,21 @@ class SearchEngine(Protocol):
         """H of the input embeddings that a prompt may be given as."""
         ...
 
+    def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> Any:
+        """All that can be done for a batch before its turn: checked, padded, copied.
+
+        The requests share ``trie``; they may differ in everything else.
+        """
+        ...
+
+    def run(self, prepared: Any, has_left: HasLeft = nobody_left) -> BatchOutcome:
+        """Answer a batch that this engine prepared.
+
+        Requests whose caller leaves are dropped at the next level where that is possible; their
+        result is any.
+        """
+        ...
+
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
-        """Answer a batch. All requests share ``trie``; they may differ in everything else."""
+        """Prepare and run."""
         ...

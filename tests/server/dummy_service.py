@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import polars as pl
 import torch
@@ -22,7 +23,7 @@ from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchHit, SearchRequest, SearchResult, Shortfall
-from server.engine.types import BatchOutcome, EngineFault
+from server.engine.types import BatchOutcome, EngineFault, HasLeft, nobody_left
 from server.release import Release
 
 NUM_ITEMS = 30
@@ -31,6 +32,12 @@ ITEM_IDS = [f"B{i:03d}" for i in range(NUM_ITEMS)]
 ITEM_TOKENS = ItemTokens(
     offset=10, level_stride=4, num_levels=3, codebook_size=4, start_token_id=1, end_token_id=2
 )
+
+
+@dataclass(frozen=True)
+class DummyBatch:
+    requests: tuple[SearchRequest, ...]
+    trie: CatalogTrie
 
 
 class DummyEngine:
@@ -53,7 +60,14 @@ class DummyEngine:
         self.fault_if: Callable[[SearchRequest], bool] = lambda request: False
         self._changed = threading.Condition()
 
+    def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DummyBatch:
+        return DummyBatch(tuple(requests), trie)
+
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
+        return self.run(self.prepare(requests, trie))
+
+    def run(self, prepared: DummyBatch, has_left: HasLeft = nobody_left) -> BatchOutcome:
+        requests, trie = prepared.requests, prepared.trie
         with self._changed:
             self.batches.append(list(requests))
             self._changed.notify_all()

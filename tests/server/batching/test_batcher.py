@@ -165,7 +165,7 @@ async def test_an_engine_that_answers_too_little_fails_its_callers_not_itself(
 ):
     from server.engine.types import BatchOutcome
 
-    monkeypatch.setattr(release.engine, "search", lambda requests, trie: BatchOutcome((), 0.0, 0.0))
+    monkeypatch.setattr(release.engine, "run", lambda prepared, left: BatchOutcome((), 0.0, 0.0))
     batcher = make_batcher()
     with pytest.raises(EngineFaultError):
         await ask(batcher, release)

@@ -162,6 +162,36 @@ def test_filtered_requests_get_top_k_whenever_that_many_exist(engines: dict[str,
             assert hit.semantic_id == tuple(codes[hit.item_index].tolist())
 
 
+def test_a_caller_that_leaves_between_levels_is_dropped_and_the_others_are_not(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines["llama"]
+    trie, _ = random_catalog(9, 60)
+    batch = [SearchRequest((2, 5), 12, 10), SearchRequest((7,), 3, 3), SearchRequest((1, 4), 4, 4)]
+    alone = [engine.search([request], trie).results[0] for request in batch]
+    widths = []
+    original = type(engine._runner.session()).advance
+
+    def spying(session: Any, parents: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        widths.append(parents.shape[1])
+        return original(session, parents, *rest, **kwargs)
+
+    monkeypatch.setattr(type(engine._runner.session()), "advance", spying)
+    prepared = engine.prepare(batch, trie)
+    gone, *stayed = engine.run(prepared, lambda row: row == 0 and len(widths) == 1).results
+    assert isinstance(gone, EngineFault)
+    # The widest left after the first level: the second is as wide as the next widest only.
+    assert widths == [5, 4]  # five codes at the first level
+    for found, expected in zip(stayed, alone[1:], strict=True):
+        assert isinstance(expected, SearchResult)
+        assert_same(found, expected, atol=1e-5)
+
+    widths.clear()
+    outcome = engine.run(prepared, lambda row: len(widths) == 1)
+    assert all(isinstance(result, EngineFault) for result in outcome.results)
+    assert len(widths) == 1
+
+
 def test_nothing_allowed_is_a_shortfall_not_an_error(engines: dict[str, Engine]) -> None:
     trie, _ = random_catalog(9, 12)
     request = SearchRequest((2, 5), 5, 5, excluded_items=torch.arange(12))
