@@ -14,9 +14,7 @@ SHAPES = {0: LayerShape(2, 4, 4), 3: LayerShape(1, 8, 6)}
 
 
 def make_pool(num_pages: int = 7, page_size: int = 16) -> KVPool:
-    return KVPool(
-        SHAPES, num_pages=num_pages, page_size=page_size, device=CPU, dtype=torch.float32
-    )
+    return KVPool(SHAPES, num_pages=num_pages, page_size=page_size, device=CPU, dtype=torch.float32)
 
 
 @settings(deadline=None)
@@ -64,13 +62,13 @@ def test_the_budget_is_used_and_kept() -> None:
 
 
 def test_a_budget_below_one_page_is_refused() -> None:
-    with pytest.raises(ValueError, match="100 bytes .* hold no page: .* takes 1920 bytes"):
+    with pytest.raises(ValueError, match=r"100 bytes .* hold no page: .* takes 1920 bytes"):
         KVPool.within(SHAPES, budget_bytes=100, page_size=16, device=CPU, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("page_size", [0, -16, 8, 24])
 def test_a_page_size_that_is_no_multiple_of_16_is_refused(page_size: int) -> None:
-    with pytest.raises(ValueError, match=f"page_size is {page_size}; .* multiple of 16"):
+    with pytest.raises(ValueError, match=rf"page_size is {page_size}; .* multiple of 16"):
         make_pool(page_size=page_size)
 
 
