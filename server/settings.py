@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,16 @@ NormalizationName = Literal["vocab", "level", "children"]
 
 class SettingsError(ValueError):
     """A setting that is unknown or has a bad value; the message is all a user needs."""
+
+
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _split_commas(value: object) -> object:
+    """What stands between commas, as a flag or a variable has it."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
 
 
 class _Group(BaseModel):
@@ -159,9 +170,7 @@ class HttpSettings(_Group):
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(origin.strip() for origin in value.split(",") if origin.strip())
-        return value
+        return _split_commas(value)
 
 
 class ProxySettings(_Group):
@@ -222,6 +231,113 @@ class ProxySettings(_Group):
         if value not in (1, 2, 4, 8):
             raise ValueError("allowed are 1, 2, 4 and 8")
         return value
+
+
+class StoreSettings(_Group):
+    """The store of models, tokenizers, catalogs and releases."""
+
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Its folder, or a URL that fsspec understands (s3://bucket/prefix).",
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="Local folder for what is downloaded; needed where the store is a URL.",
+    )
+
+
+class JobSettings(_Group):
+    """Jobs: where they are kept, and what one of them may take."""
+
+    start_worker: bool = Field(
+        default=True,
+        description="Run jobs in a worker of this service; without it, start "
+        "`python -m server worker`.",
+    )
+    database: str | None = Field(
+        default=None,
+        min_length=1,
+        description="URL of a Redis or PostgreSQL that keeps the jobs; unset is an SQLite file "
+        "in the jobs' folder.",
+    )
+    namespace: str = Field(
+        default="rectokens",
+        pattern=r"^[A-Za-z0-9_]{1,64}$",
+        description="Keeps apart the jobs of several stores in one database.",
+    )
+    folder: Path | None = Field(
+        default=None,
+        description="Local folder for uploads and work in progress; unset is .jobs in the store's "
+        "folder or its cache.",
+    )
+    memory_limit_gib: float = Field(
+        default=8.0, gt=0, description="Memory one job may take, in GiB; more and it fails."
+    )
+    threads: int = Field(default=2, ge=1, le=1_024, description="Threads one job computes with.")
+    gpu_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the GPU's memory that a job may take; 0 keeps jobs on the CPU.",
+    )
+    batch_size: int = Field(
+        default=8_192, ge=1, le=1_048_576, description="Embeddings encoded at a time."
+    )
+    time_limit_s: float = Field(
+        default=43_200.0, gt=0, description="Time one job may take, in seconds."
+    )
+    cancel_grace_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="Time a cancelled job gets to stop by itself, in seconds.",
+    )
+    max_queued: int = Field(
+        default=100, ge=1, description="Most jobs that wait; one over it is refused."
+    )
+    keep_finished: int = Field(default=200, ge=1, description="Finished jobs that are remembered.")
+    max_source_rows: int = Field(
+        default=100_000_000, ge=1, description="Most rows of a source; more and the job fails."
+    )
+    max_source_gib: float = Field(
+        default=512.0,
+        gt=0,
+        description="Largest source, uncompressed, in GiB; more and the job fails.",
+    )
+
+
+class AdminSettings(_Group):
+    """What operators may do over HTTP and by commands."""
+
+    sources: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Folders that jobs may read, as name=folder, separated by commas.",
+    )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _split_commas(value)
+
+    @field_validator("sources")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = set()
+        for entry in value:
+            name, separator, folder = entry.partition("=")
+            if not separator or not folder or not _SOURCE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{entry!r} is not name=folder; a name has letters, digits, '-' and '_'"
+                )
+            if name in names or name == "uploads":
+                raise ValueError(f"the name {name!r} is taken")
+            names.add(name)
+        return value
+
+    @property
+    def source_folders(self) -> dict[str, Path]:
+        """The folders by name."""
+        return {name: Path(folder) for name, _, folder in (e.partition("=") for e in self.sources)}
 
 
 class Settings(BaseSettings):
@@ -292,6 +408,9 @@ class Settings(BaseSettings):
     batching: BatchingSettings = BatchingSettings()
     http: HttpSettings = HttpSettings()
     proxy: ProxySettings = ProxySettings()
+    store: StoreSettings = StoreSettings()
+    jobs: JobSettings = JobSettings()
+    admin: AdminSettings = AdminSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:

@@ -51,7 +51,7 @@ def test_every_setting_is_an_environment_variable(monkeypatch, field):
     elif isinstance(field.default, (int, float)):
         value = str(field.default)
     else:
-        value = "3"
+        value = "name=3" if field.path == "admin.sources" else "3"
     monkeypatch.setenv(field.env, value)
     assert str(value_of(load_settings(), field.path)) in (value, f"('{value}',)")
 
@@ -118,6 +118,16 @@ def test_all_bad_values_are_told_at_once():
 def test_origins_are_separated_by_commas(monkeypatch):
     monkeypatch.setenv("RECTOKENS_HTTP__CORS_ORIGINS", "https://a.example, https://b.example")
     assert load_settings().http.cors_origins == ("https://a.example", "https://b.example")
+
+
+def test_source_folders(monkeypatch):
+    monkeypatch.setenv("RECTOKENS_ADMIN__SOURCES", "lake=/data/lake, b-2=/x=y")
+    folders = load_settings().admin.source_folders
+    assert folders == {"lake": Path("/data/lake"), "b-2": Path("/x=y")}
+    for bad in ("lake", "=x", "a=", "../a=b", "a=b,a=c", "uploads=b"):
+        monkeypatch.setenv("RECTOKENS_ADMIN__SOURCES", bad)
+        with pytest.raises(SettingsError, match=r"name=folder|is taken"):
+            load_settings()
 
 
 def test_the_normalizations_are_the_library_s():
