@@ -1,0 +1,220 @@
+"""Random catalog searches, and the definition's answer to them, for every implementation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rectokens.decoding.beam_step import Beams, BeamStep, StepOptions, beam_step
+from rectokens.decoding.device_beams import BeamBuffers, unpack_answers
+from rectokens.decoding.device_requests import RequestTables
+from rectokens.decoding.device_tables import StepShapes, TrieTable
+from rectokens.decoding.filters import BatchFilters
+from rectokens.ops.beam_step import beam_step_, begin_search_, child_logits, finish_search_
+from rectokens.schemas.catalog_trie import CatalogTrie
+from rectokens.schemas.search import NORMALIZATIONS, SearchRequest
+
+TRIES = ("random", "skewed", "chains", "one item", "all children", "collisions")
+CLOSE = 1e-4
+
+
+def random_trie(kind: str, levels: int, codes: int, g: torch.Generator) -> CatalogTrie:
+    if kind == "one item":
+        ids = torch.randint(codes, (1, levels), generator=g)
+    elif kind == "chains":
+        ids = torch.arange(codes)[:, None].repeat(1, levels)
+    elif kind == "all children":
+        ids = torch.cartesian_prod(*[torch.arange(codes)] * min(levels, 2))
+        ids = torch.cat([ids.view(len(ids), -1), ids.new_zeros(len(ids), max(levels - 2, 0))], 1)
+    else:
+        ids = torch.randint(codes, (4 * codes, levels), generator=g)
+        if kind == "skewed":
+            ids[: 3 * codes, 0] = codes - 1
+            ids[: 2 * codes, 1:2] = codes // 2
+        if kind == "collisions":
+            ids = ids[torch.randint(codes, (4 * codes,), generator=g)]
+    return CatalogTrie.from_codes(ids, codes)[0]
+
+
+def random_requests(
+    batch: int, width: int, num_items: int, g: torch.Generator, *, filtered: float = 0.5
+) -> list[SearchRequest]:
+    def chance(p: float) -> bool:
+        return float(torch.rand((), generator=g)) < p
+
+    shared = prefix_of(torch.rand(num_items, generator=g) < 0.5)
+    requests = []
+    for row in range(batch):
+        prefix = excluded = None
+        if chance(filtered):
+            own = prefix_of(torch.rand(num_items, generator=g) < 0.3)
+            prefix = shared if chance(0.5) else own
+        if chance(filtered):
+            excluded = (torch.rand(num_items, generator=g) < 0.4).nonzero().squeeze(1)
+        beam = width if row == 0 else int(torch.randint(1, width + 1, (), generator=g))
+        requests.append(
+            SearchRequest(
+                (0,),
+                beam,
+                1,
+                temperature=float(torch.rand((), generator=g)) + 0.3 if chance(0.4) else 0.0,
+                seed=int(torch.randint(-(2**62), 2**62, (), generator=g)),
+                normalization=NORMALIZATIONS[int(torch.randint(3, (), generator=g))],
+                excluded_items=excluded,
+                allowed_prefix=prefix,
+            )
+        )
+    return requests
+
+
+def prefix_of(allowed: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int32), allowed.cumsum(0).int()])
+
+
+@dataclass
+class Search:
+    """One batch on one device, everything static."""
+
+    table: TrieTable
+    buffers: BeamBuffers
+    requests: RequestTables
+
+    @classmethod
+    def of(cls, trie, width, batch, exclusions=4096, headroom=1.25):
+        shapes = StepShapes.of(trie, width, headroom)
+        buffers = BeamBuffers(batch, shapes, trie.device)
+        # Whatever a step should write and does not is noticed.
+        for tensor in (buffers.nodes, buffers.parents, buffers.codes, buffers.ancestors):
+            tensor[1:].fill_(-77)
+        for tensor in (buffers.scores, buffers.code_scores, buffers.log_probs, buffers.perturbed):
+            tensor[1:].fill_(torch.nan)
+        buffers.alive[1:].fill_(-77)
+        buffers.answers.fill_(-77)
+        return cls(TrieTable(trie, shapes), buffers, RequestTables(batch, exclusions, trie.device))
+
+    def run(self, logits, vocab_norms, *, compact=False) -> None:
+        """Search with given dense logits a level: (B, W, K), norms (B, W)."""
+        begin_search_(self.buffers, self.requests)
+        for depth, (dense, norm) in enumerate(zip(logits, vocab_norms, strict=True)):
+            level_norm = None
+            if compact:
+                # The identity as weight: the logits are the hidden states.
+                weight = torch.eye(dense.shape[-1], device=dense.device)
+                level_norm = dense.logsumexp(-1)
+                dense = child_logits(self.table, self.buffers, depth, dense, weight)
+            beam_step_(self.table, self.buffers, self.requests, depth, dense, compact=compact,
+                       vocab_log_norm=norm, level_log_norm=level_norm)  # fmt: skip
+        finish_search_(self.table, self.buffers, self.requests)
+
+
+def random_logits(trie, batch, width, g, *, spread=2.0, ties=False):
+    """Logits and vocabulary norms of every level."""
+    shape = (batch, width, trie.codebook_size)
+    logits = [torch.randn(shape, generator=g) * spread for _ in range(trie.num_levels)]
+    if ties:
+        logits = [values.round() for values in logits]
+    norms = [values.logsumexp(-1) + 1.0 for values in logits]
+    return logits, norms
+
+
+def check_steps(search: Search, trie, requests, logits, norms) -> None:
+    """Every step of a finished search is the definition's step from the beams before it."""
+    batch, buffers = len(requests), search.buffers
+    options = StepOptions.from_requests(requests, trie.device)
+    filters = BatchFilters.from_requests(requests, trie.num_items, trie.device)
+    poisoned = torch.zeros(batch, dtype=torch.bool, device=trie.device)
+    for depth in range(trie.num_levels):
+        before = buffers.at(depth)
+        beams = Beams(before.nodes[:batch], before.scores[:batch], before.log_probs[:batch],
+                      before.perturbed[:batch], poisoned)  # fmt: skip
+        wanted = beam_step(
+            trie, depth, beams, logits[depth][:batch], options, filters, norms[depth][:batch]
+        )
+        poisoned = wanted.beams.poisoned
+        check_step(buffers, depth + 1, wanted, options.temperature > 0)
+    assert torch.equal(buffers.poisoned[:batch] != 0, poisoned)
+    assert not buffers.alive[1:, batch:].any()
+
+
+def check_step(buffers: BeamBuffers, deeper: int, wanted: BeamStep, stochastic: Tensor) -> None:
+    """Equal but for the order of beams whose ranking is closer than CLOSE, boundary included."""
+    batch, width = wanted.codes.shape
+    alive = buffers.alive[deeper, :batch]
+    assert torch.equal(alive.long(), wanted.alive)
+    found = buffers.at(deeper)
+    ranking = torch.where(stochastic[:, None], wanted.beams.perturbed, wanted.beams.scores)
+    mine = torch.where(stochastic[:, None], found.perturbed[:batch], found.scores[:batch])
+    near(mine[:, :width], ranking)
+    codes, parents = buffers.codes[deeper, :batch], buffers.parents[deeper, :batch]
+    code_scores = buffers.code_scores[deeper, :batch]
+    for row in range(batch):
+        live = int(alive[row])
+        dead = slice(live, None)
+        assert torch.isneginf(found.scores[row, dead]).all()
+        assert torch.isneginf(code_scores[row, dead]).all()
+        assert torch.isneginf(found.log_probs[row, dead]).all()
+        assert torch.isneginf(found.perturbed[row, dead]).all()
+        for tensor in (found.nodes[row], codes[row], parents[row], buffers.ancestors[deeper, row]):
+            assert not tensor[dead].any()
+        theirs = {int(node): slot for slot, node in enumerate(wanted.beams.nodes[row, :live])}
+        last = float(ranking[row, live - 1]) if live else 0.0
+        assert len(set(found.nodes[row, :live].tolist())) == live
+        for slot in range(live):
+            node = int(found.nodes[row, slot])
+            if node not in theirs:  # swapped with one beyond the boundary
+                assert abs(float(mine[row, slot]) - last) < CLOSE
+                continue
+            other = theirs[node]
+            assert abs(float(ranking[row, other]) - float(ranking[row, slot])) < CLOSE
+            assert codes[row, slot] == wanted.codes[row, other]
+            assert parents[row, slot] == wanted.parents[row, other]
+            near(found.scores[row, slot], wanted.beams.scores[row, other])
+            near(code_scores[row, slot], wanted.code_scores[row, other])
+            if bool(stochastic[row]):
+                near(found.log_probs[row, slot], wanted.beams.log_probs[row, other])
+    check_ancestors(buffers, deeper, batch)
+
+
+def check_ancestors(buffers: BeamBuffers, depth: int, batch: int) -> None:
+    live = torch.isfinite(buffers.scores[depth, :batch])
+    slots = torch.arange(live.shape[1], device=live.device).expand_as(live)
+    for level in reversed(range(depth)):
+        found = buffers.ancestors[depth, :batch, :, level]
+        assert torch.equal(found, torch.where(live, slots, 0).int())
+        slots = buffers.parents[level + 1, :batch].long().gather(1, slots)
+    assert not buffers.ancestors[depth, ..., depth:].any()
+
+
+def check_answers(search: Search, trie, requests) -> None:
+    """Items are the allowed ones of the leaves, in order; codes and scores are their paths."""
+    shapes, batch = search.buffers.shapes, len(requests)
+    answers = unpack_answers(search.buffers.answers.cpu(), shapes)
+    trie = trie.to("cpu")
+    nodes = search.buffers.nodes[-1].cpu().long()
+    assert torch.equal(answers.alive, search.buffers.alive[-1].cpu())
+    assert torch.equal(answers.poisoned, search.buffers.poisoned.cpu())
+    for row, request in enumerate(requests):
+        live = int(answers.alive[row])
+        leaves = nodes[row, :live] - trie.level_offsets[-2]
+        assert torch.equal(answers.codes[row, :live].long(), trie.leaf_codes(leaves))
+        near(answers.code_scores[row, :live].sum(1), answers.scores[row, :live])
+        excluded = set() if request.excluded_items is None else set(request.excluded_items.tolist())
+        prefix = None if request.allowed_prefix is None else request.allowed_prefix.cpu()
+        wanted = [
+            (item, slot)
+            for slot, leaf in enumerate(leaves.tolist())
+            for item in range(int(trie.leaf_item_ptrs[leaf]), int(trie.leaf_item_ptrs[leaf + 1]))
+            if item not in excluded and (prefix is None or prefix[item + 1] > prefix[item])
+        ][: shapes.width]
+        count = int(answers.item_count[row])
+        found = zip(answers.items[row].tolist(), answers.leaves[row].tolist(), strict=True)
+        assert list(found)[:count] == wanted
+        assert (answers.items[row, count:] == -1).all()
+        assert (answers.leaves[row, count:] == 0).all()
+    assert not answers.item_count[batch:].any()
+
+
+def near(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5, equal_nan=True)
