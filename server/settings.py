@@ -132,7 +132,7 @@ class BatchingSettings(_Group):
     max_beam_rows: int = Field(
         default=8_192,
         ge=1,
-        description="Most beam rows (sum of beam widths) in one batch of several.",
+        description="Most beam rows in one batch of several, padding to the widest included.",
     )
     max_prompt_tokens: int = Field(
         default=65_536,

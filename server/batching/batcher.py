@@ -1,8 +1,9 @@
 """The async batcher: callers on the event loop, the engine on a thread of its own.
 
 A request takes a place (``admit``), is turned into a prompt by its caller, then waits for its
-answer (``run``). While the engine is busy the others queue; when it is done, the policy forms
-the next batch from whatever is there. Nothing sleeps.
+answer (``run``). While the engine is busy the others queue, and the batch that will be next is
+prepared; when the engine is done, the policy forms the next batch from whoever is there.
+Nothing sleeps.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from server.batching.attempts import run_batch
+from server.batching.cost import CostEstimate
 from server.batching.interfaces import Answer, BatchObserver, Searchable
-from server.batching.policy import BatchLimits, Waiting, form_batch
+from server.batching.policy import BatchLimits, Decision, Waiting, form_batch
+from server.batching.prefetch import Ahead, Prefetcher
 from server.batching.throughput import Throughput
+from server.batching.waiting_room import Place, WaitingRoom, Work
 from server.engine.types import BatchOutcome, EngineFault
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 
@@ -50,44 +54,6 @@ class QueueLimits:
     max_beam_rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    release: Searchable
-    search: SearchRequest
-    queued_s: float
-    answer: asyncio.Future[Answer]
-
-
-@dataclass(eq=False, slots=True)
-class Place:
-    """A place in the queue: ``beam_rows`` of its bound, held until a batch takes it.
-
-    A context manager: leaving it, by whatever way, frees what is still held.
-
-    Attributes:
-        key: unique, in order of admission.
-        beam_rows: W of the request.
-        deadline_s: monotonic time after which its caller is told that it took too long.
-    """
-
-    key: int
-    beam_rows: int
-    deadline_s: float
-    _batcher: Batcher = field(repr=False)
-    _work: _Work | None = None
-
-    def __enter__(self) -> Place:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._batcher.leave(self)
-
-
 class Batcher:
     """Queues requests and runs them in batches on one engine thread.
 
@@ -113,12 +79,14 @@ class Batcher:
         self._clock = clock
         self._keys = itertools.count()
         self._throughput = Throughput()
-        # Guards everything below; held for as long as it takes to form a batch, never during one.
-        self._changed = threading.Condition()
-        self._admitted: dict[int, Place] = {}  # by key; in preparation or queued
-        self._queue: dict[int, Place] = {}  # in order of arrival
+        self._cost = CostEstimate()
+        # Guards everything below; held for as long as it takes to look at the queue, never while
+        # a batch is chosen, prepared or run.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._room = WaitingRoom()
+        self._prefetcher = Prefetcher(self._lock, self._room, self._decide)
         self._running: list[Place] = []
-        self._held_rows = 0
         self._running_rows = 0
         self._stopping = False
         self._dead = False
@@ -135,58 +103,63 @@ class Batcher:
     @property
     def queued_requests(self) -> int:
         """Requests that hold a place and are not running."""
-        return len(self._admitted)
+        return self._room.held
 
     @property
     def queued_beam_rows(self) -> int:
         """Their beam rows."""
-        return self._held_rows
+        return self._room.held_rows
 
     def start(self) -> None:
-        """Start the engine thread."""
+        """Start the engine thread and the one that prepares its next batch."""
         self._loop = asyncio.get_running_loop()
-        # A daemon: an engine that hangs must not keep the process from ending.
+        # Daemons: an engine that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._engine_thread, name="engine", daemon=True)
         self._thread.start()
+        self._prefetcher.start()
 
     async def stop(self, timeout_s: float) -> bool:
-        """End the engine thread after its current batch; waiting callers get a 503.
+        """End the threads after the current batch; waiting callers get a 503.
 
         Returns:
-            Whether the thread ended within ``timeout_s``.
+            Whether they ended within ``timeout_s``.
         """
-        with self._changed:
+        with self._lock:
             self._stopping = True
-            queued = list(self._queue.values())
-            self._queue.clear()
+            queued = self._room.clear_queue()
             self._changed.notify()
+            self._prefetcher.stop()
         self._fail(queued, ErrorKind.DRAINING, _STOPPING_MESSAGE)
         if self._thread is None:
             return True
+        deadline_s = time.monotonic() + timeout_s
         await asyncio.to_thread(self._thread.join, timeout_s)
-        return not self._thread.is_alive()
+        left_s = max(deadline_s - time.monotonic(), 0.0)
+        prefetched = await asyncio.to_thread(self._prefetcher.join, left_s)
+        return prefetched and not self._thread.is_alive()
 
     def admit(self, beam_rows: int, deadline_s: float) -> Place:
         """Take a place in the queue, before any work is done for the request.
 
         Raises:
-            ServiceError: the queue is full, the deadline cannot be met at the best recent rate
-                (both 429), or the engine is dead or stopping (503).
+            ServiceError: the queue is full, the deadline cannot be met at the recent rate (both
+                429), or the engine is dead or stopping (503).
         """
-        with self._changed:
+        with self._lock:
             self._refuse_if_ended()
             now = self._clock()
-            surplus = self._held_rows + beam_rows - self._queue_limits.max_beam_rows
-            if surplus > 0 or len(self._admitted) >= self._queue_limits.max_requests:
+            held, held_rows = self._room.held, self._room.held_rows
+            surplus = held_rows + beam_rows - self._queue_limits.max_beam_rows
+            if surplus > 0 or held >= self._queue_limits.max_requests:
                 raise ServiceError(
                     ErrorKind.OVERLOADED,
-                    f"{len(self._admitted)} requests of {self._held_rows} beam rows are waiting "
+                    f"{held} requests of {held_rows} beam rows are waiting "
                     f"and this one needs {beam_rows}; at most {self._queue_limits.max_requests} "
                     f"requests and {self._queue_limits.max_beam_rows} beam rows may wait",
                     retry_after_s=self._retry_after(max(surplus, 0) + self._running_rows, now),
                 )
-            ahead = self._held_rows + self._running_rows
-            wait_s = self._throughput.seconds_for(ahead, now)
+            ahead = held_rows + self._running_rows
+            wait_s = self._wait_s(ahead, now)
             if wait_s is not None and now + wait_s >= deadline_s:
                 raise ServiceError(
                     ErrorKind.DEADLINE_UNREACHABLE,
@@ -195,26 +168,36 @@ class Batcher:
                     param="timeout_ms",
                     retry_after_s=self._retry_after(ahead, now),
                 )
-            place = Place(next(self._keys), beam_rows, deadline_s, self)
-            self._admitted[place.key] = place
-            self._held_rows += beam_rows
+            place = Place(next(self._keys), beam_rows, deadline_s, self.leave)
+            self._room.add(place)
             return place
 
     async def run(self, place: Place, release: Searchable, search: SearchRequest) -> Answer:
         """Wait for the answer to a request that holds a place.
 
-        Cancelling the awaiting task frees the place; a result on its way is dropped.
+        Cancelling the awaiting task frees the place; where the request is running by then, it is
+        dropped at the next level, or its result is.
 
         Raises:
-            ServiceError: 504 past the deadline, 500 where this request failed in the engine,
-                503 where the engine died or the service stopped.
+            ServiceError: 504 past the deadline or where it cannot be met any more, 500 where
+                this request failed in the engine, 503 where the engine died or the service
+                stopped.
         """
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        with self._changed:
+        waiting = Waiting(
+            key=place.key,
+            deadline_s=place.deadline_s,
+            beam_rows=place.beam_rows,
+            prompt_tokens=search.prompt_length,
+            # Identity, not equality: two loads of one release are two engines.
+            release=id(release),
+        )
+        with self._lock:
             self._refuse_if_ended()
-            place._work = _Work(release, search, self._clock(), answer)
-            self._queue[place.key] = place
+            place.queued = Work(release, search, self._clock(), answer, waiting)
+            self._room.enqueue(place)
             self._changed.notify()
+            self._prefetcher.queue_changed()
         try:
             async with asyncio.timeout(place.deadline_s - self._clock()):
                 return await answer
@@ -225,16 +208,19 @@ class Batcher:
 
     def leave(self, place: Place) -> None:
         """Give up a place: its rows count no more and no batch will take it. Idempotent."""
-        with self._changed:
-            self._release_place(place)
-            work = place._work
-        if work is not None and not work.answer.done():
-            work.answer.cancel()
+        with self._lock:
+            self._room.remove(place)
+            queued = place.queued
+        if queued is not None and not queued.answer.done():
+            queued.answer.cancel()
 
-    def _release_place(self, place: Place) -> None:
-        if self._admitted.pop(place.key, None) is not None:
-            self._held_rows -= place.beam_rows
-        self._queue.pop(place.key, None)
+    def _wait_s(self, beam_rows: int, now_s: float) -> float | None:
+        """Time until an answer behind so many rows, None where nothing is known or ahead."""
+        if beam_rows == 0:
+            return None
+        drained_s = self._throughput.seconds_for(beam_rows, now_s)
+        # The request's own batch comes after those of the others.
+        return None if drained_s is None else drained_s + self._throughput.batch_seconds(now_s)
 
     def _refuse_if_ended(self) -> None:
         if self._stopping:
@@ -250,92 +236,87 @@ class Batcher:
 
     def _engine_thread(self) -> None:
         try:
-            while batch := self._next_batch():
-                self._run_batch(batch)
+            while True:
+                batch, prepared = self._next_batch()
+                if not batch:
+                    return
+                self._run_batch(batch, prepared)
         except BaseException:
             _log.critical("engine thread died", exc_info=True)
-            with self._changed:
+            with self._lock:
                 self._dead = True
-                stranded = [*self._running, *self._queue.values()]
-                self._queue.clear()
+                stranded = [*self._running, *self._room.clear_queue()]
+                self._prefetcher.stop()
             self._post(partial(self._fail, stranded, ErrorKind.ENGINE_DEAD, _DEAD_MESSAGE))
 
-    def _next_batch(self) -> list[Place]:
-        """The next batch; waits for one, empty when the batcher stops."""
+    def _decide(self, places: Sequence[Place]) -> Decision:
+        now = self._clock()
+        with self._lock:
+            cost = self._cost.at(now)
+        return form_batch([place.work.waiting for place in places], self._limits, now, cost)
+
+    def _next_batch(self) -> tuple[list[Place], Any]:
+        """The next batch, prepared or None; waits for one, empty when the batcher stops."""
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
+            with self._lock:
+                self._changed.wait_for(lambda: self._room.queued or self._stopping)
                 if self._stopping:
-                    return []
-                now = self._clock()
-                waiting = [_as_waiting(place) for place in self._queue.values()]
-                decision = form_batch(waiting, self._limits, now)
-                batch = [self._queue[key] for key in decision.run]
-                expired = [self._queue[key] for key in decision.expired]
-                for place in (*batch, *expired):
-                    self._release_place(place)
-                self._running = batch
-                self._running_rows = sum(place.beam_rows for place in batch)
+                    return [], None
+                places = self._room.snapshot()
+                ahead = self._prefetcher.take()
+            decision = self._decide(places)
+            if ahead is not None and not ahead.holds(decision, places):
+                ahead = None
+            batch, expired = self._commit(places, decision, ahead)
             if expired:
                 self._post(partial(self._expire, expired))
             if batch:
-                return batch
+                whole = ahead is not None and len(batch) == len(ahead.keys)
+                return batch, ahead.prepared if whole and ahead is not None else None
 
-    def _run_batch(self, batch: list[Place]) -> None:
+    def _commit(
+        self, places: Sequence[Place], decision: Decision, ahead: Ahead | None
+    ) -> tuple[list[Place], list[Place]]:
+        """Take the batch and the expired out of the queue, but for those who just left it."""
+        by_key = {place.key: place for place in places}
+        run = decision.run if ahead is None else ahead.keys
+        with self._lock:
+            batch = [by_key[key] for key in run if self._room.remove(by_key[key])]
+            expired = [by_key[key] for key in decision.expired if self._room.remove(by_key[key])]
+            self._running = batch
+            self._running_rows = sum(place.beam_rows for place in batch)
+            if batch:
+                self._prefetcher.batch_started()
+        return batch, expired
+
+    def _run_batch(self, batch: list[Place], prepared: Any) -> None:
         started = self._clock()
-        waits = [started - _work(place).queued_s for place in batch]
-        self._observer.batch_started(len(batch), self._running_rows, waits)
-        try:
-            outcome = self._search(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                self._deliver(batch, waits, _all_faulty(error))
-            else:
-                _log.warning("batch failed; running its requests alone", requests=len(batch))
-                self._run_alone(batch, waits)
-        else:
-            with self._changed:
-                now = self._clock()
-                self._throughput.record(self._running_rows, now - started, now)
-            self._deliver(batch, waits, outcome)
-        with self._changed:
+        waits = {place.key: started - place.work.queued_s for place in batch}
+        self._observer.batch_started(len(batch), self._running_rows, list(waits.values()))
+
+        complete = True
+
+        def deliver(part: Sequence[Place], outcome: BatchOutcome) -> None:
+            nonlocal complete
+            # Asked before its answer may have reached anybody: after that, nobody waits.
+            complete = complete and all(place.is_wanted for place in part)
+            self._post(partial(_deliver, part, waits, outcome))
+
+        def is_live(place: Place) -> bool:
+            return place.is_wanted and place.deadline_s > self._clock()
+
+        whole = run_batch(batch, prepared, deliver, self._observer, is_live)
+        with self._lock:
+            if whole and complete:
+                self._record(batch, started, self._clock())
             self._running, self._running_rows = [], 0
 
-    def _run_alone(self, batch: list[Place], waits: list[float]) -> None:
-        """Retry one by one, so that a request that breaks a batch breaks only itself."""
-        for place, wait in zip(batch, waits, strict=True):
-            if _work(place).answer.done() or place.deadline_s <= self._clock():
-                continue  # its caller has gone, or its own timer tells it
-            try:
-                outcome = self._search([place])
-            except Exception as error:
-                outcome = _all_faulty(error)
-            self._deliver([place], [wait], outcome)
-
-    def _search(self, batch: list[Place]) -> BatchOutcome:
-        release = _work(batch[0]).release
-        requests = [_work(place).search for place in batch]
-        prepared = release.engine.prepare(requests, release.trie)
-        outcome = release.engine.run(prepared, lambda row: _work(batch[row]).answer.done())
-        if len(outcome.results) != len(batch):
-            raise RuntimeError(
-                f"engine gave {len(outcome.results)} results for {len(batch)} requests"
-            )
-        self._observer.batch_finished(outcome.prefill_s, outcome.decode_s)
-        return outcome
-
-    def _deliver(self, batch: list[Place], waits: list[float], outcome: BatchOutcome) -> None:
-        def on_loop() -> None:
-            for place, wait, result in zip(batch, waits, outcome.results, strict=True):
-                future = _work(place).answer
-                if future.done():
-                    continue
-                if isinstance(result, EngineFault):
-                    future.set_exception(EngineFaultError(result.message))
-                else:
-                    future.set_result(Answer(result, wait, outcome.prefill_s, outcome.decode_s))
-
-        self._post(on_loop)
+    def _record(self, batch: Sequence[Place], started_s: float, now_s: float) -> None:
+        seconds = now_s - started_s
+        longest = max(place.work.waiting.prompt_tokens for place in batch)
+        widest = max(place.beam_rows for place in batch)
+        self._cost.record(len(batch), longest, widest, seconds, now_s)
+        self._throughput.record(self._running_rows, seconds, now_s, full=self._room.queued > 0)
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None
@@ -349,36 +330,25 @@ class Batcher:
 
     def _fail(self, places: list[Place], kind: ErrorKind, message: str) -> None:
         for place in places:
-            if not _work(place).answer.done():
-                _work(place).answer.set_exception(ServiceError(kind, message))
+            if place.is_wanted:
+                place.work.answer.set_exception(ServiceError(kind, message))
 
     def _expire(self, places: list[Place]) -> None:
         for place in places:
-            if not _work(place).answer.done():
-                _work(place).answer.set_exception(_deadline_exceeded())
+            if place.is_wanted:
+                place.work.answer.set_exception(_deadline_exceeded())
 
 
-def _all_faulty(error: Exception) -> BatchOutcome:
-    fault = EngineFault(f"{type(error).__name__}: {error}")
-    return BatchOutcome((fault,), prefill_s=0.0, decode_s=0.0)
-
-
-def _as_waiting(place: Place) -> Waiting:
-    work = _work(place)
-    return Waiting(
-        key=place.key,
-        deadline_s=place.deadline_s,
-        beam_rows=place.beam_rows,
-        prompt_tokens=work.search.prompt_length,
-        # Identity, not equality: two loads of one release are two engines.
-        release=id(work.release),
-    )
-
-
-def _work(place: Place) -> _Work:
-    if place._work is None:
-        raise RuntimeError("place is not queued")
-    return place._work
+def _deliver(places: Sequence[Place], waits: dict[int, float], outcome: BatchOutcome) -> None:
+    for place, result in zip(places, outcome.results, strict=True):
+        if not place.is_wanted:
+            continue
+        if isinstance(result, EngineFault):
+            place.work.answer.set_exception(EngineFaultError(result.message))
+        else:
+            place.work.answer.set_result(
+                Answer(result, waits[place.key], outcome.prefill_s, outcome.decode_s)
+            )
 
 
 def _deadline_exceeded() -> ServiceError:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from server.batching.cost import BatchCost
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """What the policy needs to know of one queued request.
+
+    Requests may differ in everything else (top k, filters, temperature, normalization) and still
+    share a batch.
 
     Attributes:
         key: tells it from all others.
@@ -31,9 +36,10 @@ class BatchLimits:
 
     Attributes:
         max_requests: B, requests.
-        max_beam_rows: sum of their beam widths.
-        max_prompt_tokens: requests × the longest prompt among them, because prompts of a batch
-            are padded to one length.
+        max_beam_rows: requests × the widest beam among them, because the beams of a batch are
+            padded to one width.
+        max_prompt_tokens: requests × the longest prompt among them, because prompts are padded
+            to one length.
     """
 
     max_requests: int
@@ -47,22 +53,37 @@ class Decision:
 
     Attributes:
         run: the batch; all of one release.
-        expired: past their deadline; to be answered so, never run.
+        expired: past their deadline or unable to meet it any more; to be answered so, never run.
         waiting: stay in the queue.
+        full: somebody of the same release had to stay because a budget was reached, so that
+            whoever arrives later has no claim to this batch.
     """
 
     run: tuple[int, ...]
     expired: tuple[int, ...]
     waiting: tuple[int, ...]
+    full: bool
 
 
-def form_batch(queue: Sequence[Waiting], limits: BatchLimits, now_s: float) -> Decision:
+def form_batch(
+    queue: Sequence[Waiting], limits: BatchLimits, now_s: float, cost: BatchCost | None = None
+) -> Decision:
     """Form the next batch.
 
     The oldest live request always runs, alone if it is over a budget by itself. The others
-    follow in queue order, each taken if it is of the same release and still fits. So a narrow
-    request may pass a wide one that does not fit, but every batch takes the head: a request
-    waits for at most as many batches as there were requests before it, however wide it is.
+    follow in queue order. Each is taken if it is of the same release, fits the budgets, and,
+    where the cost of batches is known, if
+
+    - running it together costs no more than running it by itself: a long or wide request would
+      otherwise pad everybody else to its size, and
+    - the batch still ends before the deadline of everybody in it.
+
+    So a narrow request may pass a wide one that does not fit, but every batch takes the head: a
+    request waits for at most as many batches as there were requests before it, however wide it
+    is and whatever arrives after it.
+
+    A request that could not meet its deadline even alone gives its place to those who can. Where
+    nobody can, the estimate is not trusted: they run.
 
     Requests whose caller has gone are not in the queue: they leave it at that moment.
 
@@ -70,27 +91,66 @@ def form_batch(queue: Sequence[Waiting], limits: BatchLimits, now_s: float) -> D
         queue: in order of arrival, oldest first.
         limits: budgets of one batch.
         now_s: monotonic time.
+        cost: seconds a batch takes; None where that is not known yet.
     """
-    run: list[int] = []
-    expired: list[int] = []
-    waiting: list[int] = []
-    release: Hashable = None
-    beam_rows = longest = 0
-    for request in queue:
-        if request.deadline_s <= now_s:
-            expired.append(request.key)
-            continue
-        rows = beam_rows + request.beam_rows
-        tokens = max(longest, request.prompt_tokens)
-        fits = not run or (
-            request.release == release
-            and len(run) < limits.max_requests
-            and rows <= limits.max_beam_rows
-            and tokens * (len(run) + 1) <= limits.max_prompt_tokens
-        )
-        if not fits:
-            waiting.append(request.key)
-            continue
-        run.append(request.key)
-        release, beam_rows, longest = request.release, rows, tokens
-    return Decision(tuple(run), tuple(expired), tuple(waiting))
+    expired = {request.key for request in queue if request.deadline_s <= now_s}
+    if cost is not None:
+        late = {r.key for r in queue if now_s + _alone_s(r, cost) > r.deadline_s} - expired
+        if len(expired) + len(late) < len(queue):
+            expired |= late
+        else:
+            cost = None
+
+    batch = _Batch(limits, now_s, cost)
+    waiting = [r.key for r in queue if r.key not in expired and not batch.take(r)]
+    return Decision(
+        run=tuple(batch.keys),
+        expired=tuple(request.key for request in queue if request.key in expired),
+        waiting=tuple(waiting),
+        full=batch.full,
+    )
+
+
+class _Batch:
+    """A batch as it grows."""
+
+    def __init__(self, limits: BatchLimits, now_s: float, cost: BatchCost | None) -> None:
+        self.keys: list[int] = []
+        self.full = False
+        self._limits, self._now_s, self._cost = limits, now_s, cost
+        self._release: Hashable = None
+        self._longest = self._widest = 0
+        self._first_deadline_s = float("inf")
+
+    def take(self, request: Waiting) -> bool:
+        """Add a request if it may join."""
+        count = len(self.keys) + 1
+        longest = max(self._longest, request.prompt_tokens)
+        widest = max(self._widest, request.beam_rows)
+        first_deadline_s = min(self._first_deadline_s, request.deadline_s)
+        if self.keys:
+            if request.release != self._release:
+                return False
+            if (
+                count > self._limits.max_requests
+                or count * widest > self._limits.max_beam_rows
+                or count * longest > self._limits.max_prompt_tokens
+            ):
+                self.full = True
+                return False
+            if self._cost is not None:
+                together_s = self._cost.seconds(count, longest, widest)
+                apart_s = _alone_s(request, self._cost) + self._cost.seconds(
+                    len(self.keys), self._longest, self._widest
+                )
+                if together_s > apart_s or self._now_s + together_s > first_deadline_s:
+                    return False
+        self.keys.append(request.key)
+        self._release = request.release
+        self._longest, self._widest = longest, widest
+        self._first_deadline_s = first_deadline_s
+        return True
+
+
+def _alone_s(request: Waiting, cost: BatchCost) -> float:
+    return cost.seconds(1, request.prompt_tokens, request.beam_rows)

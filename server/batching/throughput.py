@@ -4,34 +4,50 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 
 @dataclass(slots=True)
 class Throughput:
-    """Best recent rate of the engine, in beam rows per second.
+    """Recent rate of the engine, in beam rows per second.
 
-    The best, not the mean: a request is refused for its deadline only if it could not make it
-    even then, and a batch of one says nothing about what a full batch would do. Old batches are
-    forgotten, so one slow batch (a cold start) cannot keep requests out for long.
+    Batches that left somebody waiting tell the rate under load: their mean is what a queue
+    drains at. As long as there was none, the best batch counts, because a batch of one says
+    nothing about what a full one would do. Old batches are forgotten, so one slow batch (a cold
+    start) cannot keep requests out for long.
 
     Attributes:
         window_s: how long a batch is remembered, in seconds.
     """
 
     window_s: float = 30.0
-    _batches: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=64))
+    # (end, rows, seconds, whether somebody had to wait)
+    _batches: deque[tuple[float, int, float, bool]] = field(
+        default_factory=lambda: deque(maxlen=64)
+    )
 
-    def record(self, beam_rows: int, seconds: float, now_s: float) -> None:
+    def record(self, beam_rows: int, seconds: float, now_s: float, *, full: bool = False) -> None:
         """Remember a batch that finished at ``now_s``."""
-        self._batches.append((now_s, beam_rows / max(seconds, 1e-6)))
+        self._batches.append((now_s, beam_rows, max(seconds, 1e-6), full))
 
     def rows_per_s(self, now_s: float) -> float | None:
-        """Best rate in the window, None where nothing is known."""
-        while self._batches and self._batches[0][0] < now_s - self.window_s:
-            self._batches.popleft()
-        return max((rate for _, rate in self._batches), default=None)
+        """Rate in the window, None where nothing is known."""
+        self._forget(now_s)
+        full = [batch for batch in self._batches if batch[3]]
+        if full:
+            return sum(rows for _, rows, _, _ in full) / sum(seconds for _, _, seconds, _ in full)
+        return max((rows / seconds for _, rows, seconds, _ in self._batches), default=None)
 
     def seconds_for(self, beam_rows: int, now_s: float) -> float | None:
-        """Least time that many rows take, None where nothing is known."""
+        """Time until that many rows are through, None where nothing is known."""
         rate = self.rows_per_s(now_s)
         return None if rate is None else beam_rows / rate
+
+    def batch_seconds(self, now_s: float) -> float:
+        """Time of one batch under load, 0 where there was none."""
+        self._forget(now_s)
+        return median([seconds for _, _, seconds, full in self._batches if full] or [0.0])
+
+    def _forget(self, now_s: float) -> None:
+        while self._batches and self._batches[0][0] < now_s - self.window_s:
+            self._batches.popleft()

@@ -19,7 +19,7 @@ from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.runners import Prompts, Runner
 from server.engine.selection import collect_results
-from server.engine.types import BatchOutcome, EngineFault, HasLeft, nobody_left
+from server.engine.types import BatchOutcome, EngineBrokenError, EngineFault, HasLeft, nobody_left
 
 _LEFT = EngineFault("its caller has left")
 
@@ -131,11 +131,18 @@ class Engine:
         Returns:
             One result a request. A request that is at fault by itself (a prompt the model
             cannot take, NaN logits) gets an ``EngineFault``; its neighbours are answered.
+
+        Raises:
+            EngineBrokenError: the device does not work any more.
         """
         results: list[SearchResult | EngineFault | None] = list(prepared.faults)
         prefill_s = decode_s = 0.0
         if prepared.requests:
-            answers, prefill_s, decode_s = self._run(prepared, has_left)
+            try:
+                answers, prefill_s, decode_s = self._run(prepared, has_left)
+            except torch.AcceleratorError as error:
+                self._require_device(error)
+                raise
             for row, answer in zip(prepared.rows, answers, strict=True):
                 results[row] = answer
         return BatchOutcome(tuple(r for r in results if r is not None), prefill_s, decode_s)
@@ -185,6 +192,13 @@ class Engine:
         with torch.cuda.stream(self._copies):
             yield
         self._copies.synchronize()
+
+    def _require_device(self, error: torch.AcceleratorError) -> None:
+        """Raise EngineBrokenError if the error is of the kind that no later call survives."""
+        try:
+            torch.zeros(1, device=self.device).item()
+        except torch.AcceleratorError:
+            raise EngineBrokenError(str(error)) from error
 
     def _width(self, alive: Tensor, width: int) -> int:
         """Slots worth running: on a CPU, where looking is free, only as many as are alive."""

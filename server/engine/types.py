@@ -21,6 +21,13 @@ class EngineFault:
     message: str
 
 
+class EngineBrokenError(RuntimeError):
+    """The device cannot be used any more: no request will ever be answered.
+
+    Whoever runs the engine lets it end, so that the process is found dead and is replaced.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
     """Answers in the order of the requests, and where the time went.

@@ -38,6 +38,7 @@ ITEM_TOKENS = ItemTokens(
 class DummyBatch:
     requests: tuple[SearchRequest, ...]
     trie: CatalogTrie
+    thread: str
 
 
 class DummyEngine:
@@ -48,6 +49,9 @@ class DummyEngine:
         gate: closed (cleared), a search waits until it is opened again.
         on_search: called with the requests of each batch; may raise.
         fault_if: a request for which it holds gets an EngineFault.
+        prepared: every batch it prepared, and the name of the thread.
+        run_ahead: every batch it ran that another thread had prepared.
+        left: for every batch, which of its callers had left once the gate was open.
     """
 
     def __init__(self) -> None:
@@ -58,10 +62,17 @@ class DummyEngine:
         self.gate.set()
         self.on_search: Callable[[Sequence[SearchRequest]], None] = lambda requests: None
         self.fault_if: Callable[[SearchRequest], bool] = lambda request: False
+        self.prepared: list[tuple[str, list[SearchRequest]]] = []
+        self.run_ahead: list[list[SearchRequest]] = []
+        self.left: list[list[bool]] = []
         self._changed = threading.Condition()
 
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DummyBatch:
-        return DummyBatch(tuple(requests), trie)
+        thread = threading.current_thread().name
+        with self._changed:
+            self.prepared.append((thread, list(requests)))
+            self._changed.notify_all()
+        return DummyBatch(tuple(requests), trie, thread)
 
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
         return self.run(self.prepare(requests, trie))
@@ -70,15 +81,26 @@ class DummyEngine:
         requests, trie = prepared.requests, prepared.trie
         with self._changed:
             self.batches.append(list(requests))
+            if prepared.thread != threading.current_thread().name:
+                self.run_ahead.append(list(requests))
             self._changed.notify_all()
         if not self.gate.wait(timeout=30):
             raise RuntimeError("nobody opened the gate")
+        self.left.append([has_left(row) for row in range(len(requests))])
         self.on_search(requests)
         results = [
             EngineFault("made to order") if self.fault_if(r) else first_allowed(r, trie)
             for r in requests
         ]
         return BatchOutcome(tuple(results), prefill_s=0.001, decode_s=0.002)
+
+    def wait_for_prepared(self, requests: Sequence[SearchRequest]) -> None:
+        """Block until exactly that batch has been prepared ahead."""
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: ("prefetch", list(requests)) in self.prepared, timeout=30
+            ):
+                raise TimeoutError(f"prepared are {self.prepared}")
 
     def wait_for_batches(self, count: int) -> None:
         """Block until that many batches have begun."""

@@ -2,16 +2,23 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections import Counter
 
 import pytest
+import torch
 
 from rectokens.schemas.search import SearchRequest
 from server.batching.batcher import Batcher, QueueLimits
 from server.batching.policy import BatchLimits
+from server.engine.types import EngineBrokenError
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 
 LIMITS = BatchLimits(max_requests=8, max_beam_rows=1_000, max_prompt_tokens=1_000)
+
+
+class Hog:
+    """Stands for memory on the device."""
 
 
 class Observer:
@@ -69,6 +76,15 @@ async def settled():
 
 async def begun(engine, batches):
     await asyncio.to_thread(engine.wait_for_batches, batches)
+
+
+async def prepared_ahead(batcher, engine, requests):
+    """Wait until exactly these are prepared to be the next batch."""
+    await asyncio.to_thread(engine.wait_for_prepared, requests)
+    while batcher._prefetcher._ahead is None or (
+        len(batcher._prefetcher._ahead.keys) != len(requests)
+    ):
+        await asyncio.sleep(0.001)
 
 
 async def ask_while_busy(batcher, release, requests):
@@ -144,8 +160,144 @@ async def test_a_request_that_breaks_the_batch_fails_alone(make_batcher, release
     assert "poisoned" not in broken.message
     await head
     assert batcher.alive
-    # The batch, then each of its requests alone.
-    assert [len(batch) for batch in release.engine.batches] == [1, 3, 1, 1, 1]
+    # The batch, its halves, and the halves of the one that failed.
+    assert [len(batch) for batch in release.engine.batches] == [1, 3, 1, 2, 1, 1]
+
+
+async def test_a_batch_the_memory_is_too_small_for_runs_in_parts(make_batcher, release):
+    batcher = make_batcher()
+    held = []
+
+    def run_out(requests):
+        hog = Hog()
+        held.append(weakref.ref(hog))
+        if len(requests) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        # What the failed batch held is free by the time a smaller one is tried.
+        assert [one() for one in held[:-1] if one() is not None] == []
+
+    head, tasks = await ask_while_busy(batcher, release, [search() for _ in range(7)])
+    release.engine.on_search = run_out
+    release.engine.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert all(len(answer.result.hits) == 2 for answer in answers)
+    assert [len(batch) for batch in release.engine.batches] == [1, 7, 3, 1, 2, 4, 2, 2]
+    await head
+
+
+async def test_a_request_that_no_memory_is_enough_for_fails_alone(make_batcher, release):
+    batcher = make_batcher()
+
+    def run_out(requests):
+        if any(request.beam_width > 50 for request in requests):
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    release.engine.on_search = run_out
+    requests = [search(), search(beam_width=99), search(), search()]
+    head, tasks = await ask_while_busy(batcher, release, requests)
+    release.engine.gate.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(outcome, EngineFaultError) for outcome in outcomes] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert "OutOfMemoryError" in outcomes[1].detail
+    await head
+    assert len((await ask(batcher, release)).result.hits) == 2
+
+
+async def test_a_broken_device_ends_the_engine_thread(make_batcher, release):
+    batcher = make_batcher()
+
+    def break_down(requests):
+        raise EngineBrokenError("illegal memory access")
+
+    head, tasks = await ask_while_busy(batcher, release, [search(), search()])
+    release.engine.on_search = break_down
+    release.engine.gate.set()
+    errors = await asyncio.gather(head, *tasks, return_exceptions=True)
+    assert [error.kind for error in errors] == [ErrorKind.ENGINE_DEAD] * 3
+    assert not batcher.alive
+    assert len(release.engine.batches) == 1
+
+
+async def test_the_next_batch_is_prepared_while_one_runs(make_batcher, release):
+    batcher = make_batcher()
+    request = search()
+    head, tasks = await ask_while_busy(batcher, release, [request])
+    await prepared_ahead(batcher, release.engine, [request])
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+    assert release.engine.run_ahead == [[request]]
+
+
+async def test_a_full_batch_is_prepared_however_many_arrive_after_it(make_batcher, release):
+    batcher = make_batcher()
+    requests = [search(beam_width=i + 2) for i in range(20)]
+    head, tasks = await ask_while_busy(batcher, release, requests)
+    await prepared_ahead(batcher, release.engine, requests[:8])
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+    assert release.engine.run_ahead[0] == requests[:8]
+    assert [len(batch) for batch in release.engine.batches] == [1, 8, 8, 4]
+    # Looked at again only when the queue has doubled.
+    assert len(release.engine.prepared) <= 12
+
+
+async def test_who_leaves_after_the_next_batch_was_prepared_is_not_in_it(make_batcher, release):
+    batcher = make_batcher()
+    stays, leaves = search(beam_width=3), search(beam_width=4)
+    head, (staying, leaving) = await ask_while_busy(batcher, release, [stays, leaves])
+    await prepared_ahead(batcher, release.engine, [stays, leaves])
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    release.engine.gate.set()
+    await asyncio.gather(head, staying)
+    assert release.engine.batches[1:] == [[stays]]
+    assert release.engine.run_ahead == []
+
+
+async def test_a_deadline_holds_until_the_prepared_batch_starts(make_batcher, release):
+    batcher = make_batcher()
+    stays, expires = search(beam_width=3), search(beam_width=4)
+    head, (staying,) = await ask_while_busy(batcher, release, [stays])
+    expiring = asyncio.create_task(ask(batcher, release, expires, timeout_s=1.0))
+    await prepared_ahead(batcher, release.engine, [stays, expires])
+    (error,) = await asyncio.gather(expiring, return_exceptions=True)
+    assert error.kind is ErrorKind.DEADLINE_EXCEEDED
+    release.engine.gate.set()
+    await asyncio.gather(head, staying)
+    assert release.engine.batches[1:] == [[stays]]
+
+
+async def test_a_prepared_batch_runs_on_the_release_it_was_prepared_for(make_batcher, dummy):
+    batcher = make_batcher()
+    old, new = dummy.make_release(), dummy.make_release(model_version="model0000000000b")
+    request = search()
+    head, tasks = await ask_while_busy(batcher, old, [request])
+    await prepared_ahead(batcher, old.engine, [request])
+    # The service serves another release from now on.
+    tasks += [asyncio.create_task(ask(batcher, new, request)) for _ in range(2)]
+    await settled()
+    old.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+    assert old.engine.run_ahead == [[request]]
+    assert [len(batch) for batch in new.engine.batches] == [2]
+
+
+async def test_the_engine_is_told_who_left_while_it_runs(make_batcher, release):
+    batcher = make_batcher()
+    head, (leaver, stayer) = await ask_while_busy(batcher, release, [search(), search()])
+    release.engine.on_search = lambda requests: release.engine.gate.clear()
+    release.engine.gate.set()
+    await begun(release.engine, 2)
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    release.engine.gate.set()
+    await asyncio.gather(head, stayer)
+    assert release.engine.left == [[False], [True, False]]
 
 
 async def test_a_fault_of_one_request_needs_no_retry(make_batcher, release):

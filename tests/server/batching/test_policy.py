@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.batching.cost import BatchCost
 from server.batching.policy import BatchLimits, Waiting, form_batch
 
 LIMITS = BatchLimits(max_requests=4, max_beam_rows=100, max_prompt_tokens=200)
@@ -34,21 +35,25 @@ limits = st.builds(
     max_prompt_tokens=st.integers(1, 500),
 )
 times = st.floats(0, 20)
+costs = st.none() | st.builds(
+    BatchCost, st.floats(0, 2), token_s=st.floats(0, 0.02), row_s=st.floats(0, 0.02)
+)
 
 
-@given(queues, limits, times)
-def test_nothing_is_lost_and_nothing_doubled(queue, limits, now):
-    decision = form_batch(queue, limits, now)
+@given(queues, limits, times, costs)
+def test_nothing_is_lost_and_nothing_doubled(queue, limits, now, cost):
+    decision = form_batch(queue, limits, now, cost)
     places = [*decision.run, *decision.expired, *decision.waiting]
     assert sorted(places) == [request.key for request in queue]
 
 
-@given(queues, limits, times)
-def test_budgets_hold_but_for_a_single_request(queue, limits, now):
-    batch = [queue[key] for key in form_batch(queue, limits, now).run]
+@given(queues, limits, times, costs)
+def test_budgets_hold_but_for_a_single_request(queue, limits, now, cost):
+    batch = [queue[key] for key in form_batch(queue, limits, now, cost).run]
     if len(batch) > 1:
         assert len(batch) <= limits.max_requests
-        assert sum(request.beam_rows for request in batch) <= limits.max_beam_rows
+        padded = len(batch) * max(request.beam_rows for request in batch)
+        assert padded <= limits.max_beam_rows
         padded = len(batch) * max(request.prompt_tokens for request in batch)
         assert padded <= limits.max_prompt_tokens
 
@@ -59,9 +64,9 @@ def test_expired_means_expired(queue, limits, now):
     assert [r.key for r in queue if r.deadline_s <= now] == list(decision.expired)
 
 
-@given(queues, limits, times)
-def test_one_release_a_batch_and_queue_order(queue, limits, now):
-    decision = form_batch(queue, limits, now)
+@given(queues, limits, times, costs)
+def test_one_release_a_batch_and_queue_order(queue, limits, now, cost):
+    decision = form_batch(queue, limits, now, cost)
     assert len({queue[key].release for key in decision.run}) <= 1
     for keys in (decision.run, decision.waiting):
         assert list(keys) == sorted(keys)
@@ -85,17 +90,18 @@ def test_nobody_is_passed_without_a_reason(queue, limits):
         assert (
             request.release != release
             or len(before) >= limits.max_requests
-            or sum(r.beam_rows for r in before) + request.beam_rows > limits.max_beam_rows
+            or max(r.beam_rows for r in [*before, request]) * (len(before) + 1)
+            > limits.max_beam_rows
             or tokens > limits.max_prompt_tokens
         )
 
 
-@given(queues, limits)
-def test_a_request_waits_for_at_most_the_batches_of_those_before_it(queue, limits):
+@given(queues, limits, costs)
+def test_a_request_waits_for_at_most_the_batches_of_those_before_it(queue, limits, cost):
     position, batches = {request.key: i for i, request in enumerate(queue)}, 0
-    rest = list(queue)
+    rest = [replace(request, deadline_s=float("inf")) for request in queue]
     while rest:
-        run = form_batch(rest, limits, now_s=-1.0).run
+        run = form_batch(rest, limits, now_s=-1.0, cost=cost).run
         assert all(batches <= position[key] for key in run)
         batches += 1
         rest = [request for request in rest if request.key not in run]
@@ -113,6 +119,93 @@ def test_a_wide_request_is_not_starved_by_narrow_ones_that_keep_coming():
             return
         queue = [request for request in queue if request.key not in run]
     pytest.fail("the wide request never ran")
+
+
+@given(queues, st.lists(queues, max_size=12), limits, costs, st.integers(0, 29))
+def test_nobody_starves_under_a_stream_that_never_ends(queue, stream, limits, cost, place):
+    """However wide a request is and whatever keeps arriving, it runs in its turn at the latest."""
+    if not queue:
+        return
+    mine = queue[place % len(queue)].key
+    rest = [replace(request, deadline_s=float("inf")) for request in queue]
+    for batch in range(len(queue)):
+        run = form_batch(rest, limits, now_s=0.0, cost=cost).run
+        if mine in run:
+            assert batch <= place % len(queue)
+            return
+        arrivals = stream[batch % len(stream)] if stream else []
+        rest = [request for request in rest if request.key not in run] + [
+            replace(request, key=1_000 * (batch + 1) + i, deadline_s=float("inf"))
+            for i, request in enumerate(arrivals)
+        ]
+    pytest.fail("its turn never came")
+
+
+@given(queues, limits, times, costs)
+def test_who_could_meet_a_deadline_before_still_does(queue, limits, now, cost):
+    """No company makes a request late that would be in time alone."""
+    if cost is None:
+        return
+    batch = [queue[key] for key in form_batch(queue, limits, now, cost).run]
+    if not batch:
+        return
+    alone = [now + cost.seconds(1, r.prompt_tokens, r.beam_rows) <= r.deadline_s for r in batch]
+    together_s = cost.seconds(
+        len(batch), max(r.prompt_tokens for r in batch), max(r.beam_rows for r in batch)
+    )
+    if all(alone):
+        assert all(now + together_s <= r.deadline_s for r in batch)
+
+
+@given(queues, limits, costs)
+def test_company_costs_no_more_than_running_apart(queue, limits, cost):
+    if cost is None:
+        return
+    queue = [replace(request, deadline_s=1e9) for request in queue]
+    batch = [queue[key] for key in form_batch(queue, limits, 0.0, cost).run]
+    if not batch:
+        return
+    together_s = cost.seconds(
+        len(batch), max(r.prompt_tokens for r in batch), max(r.beam_rows for r in batch)
+    )
+    apart_s = sum(cost.seconds(1, r.prompt_tokens, r.beam_rows) for r in batch)
+    assert together_s <= apart_s * (1 + 1e-9)
+
+
+COST = BatchCost(fixed_s=0.1, token_s=0.001, row_s=0.001)
+
+
+def test_a_long_prompt_does_not_pad_the_short_ones():
+    queue = [waiting(0), waiting(1, prompt_tokens=190), waiting(2, prompt_tokens=30)]
+    roomy = BatchLimits(10, 10_000, 10_000)
+    assert form_batch(queue, roomy, 0.0, COST).run == (0, 2)
+    # Where starting a batch is what costs, they run together.
+    slow_start = replace(COST, fixed_s=1.0)
+    assert form_batch(queue, roomy, 0.0, slow_start).run == (0, 1, 2)
+
+
+def test_a_wide_beam_does_not_pad_the_narrow_ones():
+    queue = [waiting(0, beam_rows=5_000), waiting(1), waiting(2)]
+    decision = form_batch(queue, BatchLimits(10, 50_000, 10_000), 0.0, COST)
+    assert decision.run == (0,)
+    assert not decision.full
+
+
+def test_who_cannot_make_it_gives_way_to_who_can():
+    slow, quick = waiting(0, deadline_s=0.1), waiting(1)
+    assert form_batch([slow, quick], LIMITS, 0.0, COST).expired == (0,)
+    assert form_batch([slow, quick], LIMITS, 0.0).expired == ()
+    # Nobody is the better off for turning it away, so it is tried.
+    assert form_batch([slow], LIMITS, 0.0, COST).run == (0,)
+    # Past its deadline it is never tried.
+    assert form_batch([slow], LIMITS, 0.1, COST).expired == (0,)
+
+
+def test_full_means_that_a_budget_kept_somebody_out():
+    assert not form_batch([waiting(i) for i in range(4)], LIMITS, 0.0).full
+    assert form_batch([waiting(i) for i in range(5)], LIMITS, 0.0).full
+    other = waiting(4, release="b")
+    assert not form_batch([*(waiting(i) for i in range(4)), other], LIMITS, 0.0).full
 
 
 def test_an_empty_queue_gives_an_empty_batch():

@@ -17,6 +17,22 @@ def test_the_best_recent_rate_counts():
     assert throughput.seconds_for(100, now_s=3.0) == pytest.approx(0.5)
 
 
+def test_batches_that_left_somebody_waiting_tell_the_rate_under_load():
+    throughput = Throughput()
+    throughput.record(1_000, 1.0, now_s=0.0)
+    throughput.record(100, 1.0, now_s=1.0, full=True)
+    throughput.record(500, 2.0, now_s=2.0, full=True)
+    assert throughput.rows_per_s(3.0) == pytest.approx(200.0)
+    assert throughput.batch_seconds(3.0) == pytest.approx(1.5)
+    assert throughput.rows_per_s(31.5) == pytest.approx(250.0)
+
+
+def test_no_batch_under_load_takes_no_time():
+    throughput = Throughput()
+    throughput.record(10, 1.0, now_s=0.0)
+    assert throughput.batch_seconds(0.0) == 0.0
+
+
 def test_a_slow_start_is_forgotten():
     throughput = Throughput(window_s=30.0)
     throughput.record(1, 20.0, now_s=0.0)
