@@ -4,8 +4,8 @@ Registered with transformers as an attention function, so any model that looks i
 in the registry is served without a fork of its code. The engine tells the function what to do
 through a context variable:
 
-* prefill: ordinary causal attention over right-padded prompts; the keys and values of every
-  layer are kept as the request's **context KV**;
+* prefill: causal attention of prompts that lie end to end (``packed_attention.py``); the keys and
+  values of every layer are kept as the requests' **context KV**;
 * decode: the W beams of a request lie side by side in the sequence dimension. Each attends to
   the request's context and to its own few generated positions, never to its neighbours. Both
   sets of scores share one softmax, which is what merging two attentions by log-sum-exp gives.
@@ -16,7 +16,7 @@ Hq query heads, Hkv key heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,8 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from server.engine.packed_attention import (
+    CausalMasks,
+    causal_attention,
+    packed_attention,
+    scale_of,
+    soft_cap,
+)
+from server.engine.packing import PackedRows
 
 ATTENTION_NAME = "rectokens_shared_context"
 
@@ -80,9 +88,16 @@ class BeamKV:
         self.paths.append(own)
 
 
+# Keys and values (Hkv, start, D) of a layer and a row that are cached.
+CachedPrefix = Callable[[int, int], tuple[Tensor, Tensor]]
+
+
 @dataclass(slots=True)
 class _Prefill:
     context: ContextKV
+    rows: PackedRows
+    cached: CachedPrefix | None
+    masks: CausalMasks
 
 
 @dataclass(slots=True)
@@ -95,9 +110,17 @@ _mode: ContextVar[_Prefill | _Decode | None] = ContextVar("rectokens_attention_m
 
 
 @contextmanager
-def prefilling(context: ContextKV) -> Iterator[None]:
-    """Model calls inside store their keys and values in ``context``."""
-    token = _mode.set(_Prefill(context))
+def prefilling(
+    context: ContextKV, rows: PackedRows, cached: CachedPrefix | None = None
+) -> Iterator[None]:
+    """The model call inside runs packed prompts; their keys and values go into ``context``.
+
+    Args:
+        context: empty but for its lengths.
+        rows: where the prompts lie.
+        cached: keys and values of the positions before ``rows.starts``; None where that is 0.
+    """
+    token = _mode.set(_Prefill(context, rows, cached, CausalMasks()))
     try:
         yield
     finally:
@@ -136,7 +159,7 @@ def shared_context_attention(
     """
     mode = _mode.get()
     if mode is None:
-        return _causal_attention(module, query, key, value, attention_mask, **kwargs)
+        return causal_attention(module, query, key, value, attention_mask, **kwargs)
     for name, given in kwargs.items():
         if given is not None and name not in _UNDERSTOOD and name not in _HARMLESS:
             raise UnsupportedAttentionError(
@@ -144,37 +167,46 @@ def shared_context_attention(
             )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(mode, _Prefill):
-        mode.context.keys[layer] = key
-        mode.context.values[layer] = value
-        return _causal_attention(module, query, key, value, attention_mask, **kwargs)
+        _keep(mode, layer, key, value)
+        context = mode.context
+        output = packed_attention(
+            module,
+            query,
+            context.keys[layer],
+            context.values[layer],
+            mode.rows,
+            mode.masks,
+            **{name: given for name, given in kwargs.items() if name in _UNDERSTOOD},
+        )
+        return output, None
     return _decode_attention(mode, layer, query, key, value, **kwargs), None
 
 
-def _causal_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' own attention, and the soft-capped scores that it leaves out."""
-    softcap = kwargs.pop("softcap", None)
-    if softcap is None:
-        output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
-        return output
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2)
-    scores = _soft_cap(scores * _scaling(query, kwargs.get("scaling")), softcap)
-    length, total = scores.shape[-2:]
-    if attention_mask is None:
-        ones = torch.ones(length, total, dtype=torch.bool, device=query.device)
-        attention_mask = ones.tril(total - length)
-    scores = scores.masked_fill(~attention_mask, -torch.inf)
-    weights = scores.float().softmax(-1).to(value.dtype)
-    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+def _keep(mode: _Prefill, layer: int, key: Tensor, value: Tensor) -> None:
+    """Put a layer's packed keys and values, and those cached before them, into the context."""
+    rows, context = mode.rows, mode.context
+    context.keys[layer] = _unpacked(key, rows)
+    context.values[layer] = _unpacked(value, rows)
+    for row, start in enumerate(rows.starts):
+        if start:
+            if mode.cached is None:
+                raise RuntimeError("some positions are not in the pack and not cached either")
+            cached_keys, cached_values = mode.cached(layer, row)
+            context.keys[layer][row, :, :start] = cached_keys
+            context.values[layer][row, :, :start] = cached_values
+
+
+def _unpacked(packed: Tensor, rows: PackedRows) -> Tensor:
+    """(1, Hkv, S, D) to (B, Hkv, T, D), with room for the positions that are cached."""
+    if len(rows.lengths) == 1 and rows.starts[0] == 0:
+        return packed
+    longest = max(rows.lengths)
+    padded = packed.new_empty(len(rows.lengths), packed.shape[1], longest, packed.shape[3])
+    for row, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
+        padded[row, :, start:length] = packed[0, :, rows.offsets[row] : rows.offsets[row + 1]]
+        # Decoding masks what is past the length, but a masked NaN times zero is NaN all the same.
+        padded[row, :, length:] = 0
+    return padded
 
 
 def _decode_attention(
@@ -192,7 +224,7 @@ def _decode_attention(
     batch_size, query_heads, width, dim = query.shape
     kv_heads = key.shape[1]
     group = query_heads // kv_heads
-    query = query * _scaling(query, scaling)
+    query = query * scale_of(query, scaling)
     grouped = query.reshape(batch_size, kv_heads, group * width, dim)
 
     # All beams of a request against its one context: (B, Hkv, G * W, T).
@@ -212,8 +244,8 @@ def _decode_attention(
     per_beam = grouped.reshape(batch_size, kv_heads, group, width, dim)
     own_scores = torch.einsum("bhgwd,bhwtd->bhgwt", per_beam, own_keys)
 
-    context_scores = _soft_cap(context_scores, softcap)
-    own_scores = _soft_cap(own_scores, softcap)
+    context_scores = soft_cap(context_scores, softcap)
+    own_scores = soft_cap(own_scores, softcap)
     context_scores = context_scores.masked_fill(~visible[:, None, None, :], -torch.inf)
     own_scores = own_scores.reshape(batch_size, kv_heads, group * width, -1)
     weights = torch.cat([context_scores, own_scores], dim=-1).float().softmax(-1).to(value.dtype)
@@ -244,17 +276,9 @@ def _along_path(
     return torch.stack(steps, dim=3)
 
 
-def _scaling(query: Tensor, scaling: float | None) -> float:
-    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
-
-
-def _soft_cap(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
 def _shared_context_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask function: sdpa's own, but none at all while decoding, which masks by itself."""
-    if isinstance(_mode.get(), _Decode):
+    """Mask function: none within a session, which masks by itself; sdpa's own elsewhere."""
+    if _mode.get() is not None:
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask

@@ -17,7 +17,8 @@ from rectokens.decoding.filters import BatchFilters
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
-from server.engine.runners import Prompts, Runner
+from server.engine.prompt_leases import Prompts
+from server.engine.runners import DecodeSession, Runner
 from server.engine.selection import collect_results
 from server.engine.types import BatchOutcome, EngineBrokenError, EngineFault, HasLeft, nobody_left
 
@@ -136,25 +137,38 @@ class Engine:
             EngineBrokenError: the device does not work any more.
         """
         results: list[SearchResult | EngineFault | None] = list(prepared.faults)
+        cached_tokens = [0] * len(results)
         prefill_s = decode_s = 0.0
         if prepared.requests:
             try:
-                answers, prefill_s, decode_s = self._run(prepared, has_left)
+                answers, prefill_s, decode_s, cached = self._run_session(prepared, has_left)
             except torch.AcceleratorError as error:
                 self._require_device(error)
                 raise
-            for row, answer in zip(prepared.rows, answers, strict=True):
-                results[row] = answer
-        return BatchOutcome(tuple(r for r in results if r is not None), prefill_s, decode_s)
+            for row, answer, tokens in zip(prepared.rows, answers, cached, strict=True):
+                results[row], cached_tokens[row] = answer, tokens
+        return BatchOutcome(
+            tuple(r for r in results if r is not None), prefill_s, decode_s, tuple(cached_tokens)
+        )
+
+    def _run_session(
+        self, batch: PreparedBatch, has_left: HasLeft
+    ) -> tuple[Sequence[SearchResult | EngineFault], float, float, Sequence[int]]:
+        session = self._runner.session()
+        answers: Sequence[SearchResult | EngineFault] = ()
+        try:
+            answers, prefill_s, decode_s = self._run(session, batch, has_left)
+        finally:
+            session.close([isinstance(answer, SearchResult) for answer in answers])
+        return answers, prefill_s, decode_s, session.cached_tokens
 
     @torch.inference_mode()
     def _run(
-        self, batch: PreparedBatch, has_left: HasLeft
+        self, session: DecodeSession, batch: PreparedBatch, has_left: HasLeft
     ) -> tuple[Sequence[SearchResult | EngineFault], float, float]:
         started = time.perf_counter()
         trie, requests = batch.trie, batch.requests
         with_vocab_norm = any(request.normalization == "vocab" for request in requests)
-        session = self._runner.session()
         level = session.prefill(batch.prompts, with_vocab_norm=with_vocab_norm)
         self._synchronize()
         prefilled = time.perf_counter()

@@ -10,7 +10,8 @@ import torch
 
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.engine import Engine
-from server.engine.runners import PerBeamRunner, Prompts, Runner, SharedContextRunner
+from server.engine.prompt_leases import Prompts
+from server.engine.runners import PerBeamRunner, Runner, SharedContextRunner
 
 logger = logging.getLogger(__name__)
 

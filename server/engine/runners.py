@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.context_attention import (
@@ -24,14 +24,18 @@ from server.engine.context_attention import (
     register,
 )
 from server.engine.head import LevelHead, LevelLogits, level_of_vocab_logits
-
-# Token ids, or input embeddings (T, H). A batch may hold both kinds.
-Prompt = Sequence[int] | Tensor
-Prompts = Sequence[Prompt]
+from server.engine.packing import PackedRows, model_inputs
+from server.engine.pooled_prompts import PooledPrompts, PromptPool
+from server.engine.prompt_leases import Prompts
 
 
 class DecodeSession(Protocol):
-    """One batch from its prompts to its last level."""
+    """One batch from its prompts to its last level. Close it whatever happens."""
+
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """Tokens of each prompt that were not computed, (B,); after ``prefill``."""
+        ...
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
         """Run the prompts; logits of level 0, W = 1."""
@@ -50,6 +54,15 @@ class DecodeSession(Protocol):
         """
         ...
 
+    def close(self, sound: Sequence[bool] = ()) -> None:
+        """End the batch.
+
+        Args:
+            sound: whether each request went well, so that what was computed of its prompt may
+                serve others, (B,); empty where none did.
+        """
+        ...
+
 
 class Runner(Protocol):
     """Makes a session per batch."""
@@ -65,10 +78,15 @@ class SharedContextRunner:
     Args:
         model: a causal LM of transformers; its attention implementation is set to ours.
         item_tokens: where the item tokens lie.
+
+    Attributes:
+        pool: prompts of earlier batches, so that those that begin alike are not computed again;
+            None for none.
     """
 
     def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
         register()
+        self.pool: PromptPool | None = None
         model.set_attn_implementation(ATTENTION_NAME)
         self.decoder = model.get_decoder()
         self.embed = model.get_input_embeddings()
@@ -86,18 +104,28 @@ class _SharedContextSession:
         self._runner = runner
         self._beams = BeamKV()
         self._context: ContextKV | None = None
+        self._pooled: PooledPrompts | None = None
+        self.cached_tokens: Sequence[int] = ()
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
-        device = self._runner.device
-        # Right padding needs no mask: under causal attention no real position sees the pads.
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self._context = ContextKV(lengths)
-        with prefilling(self._context):
-            hidden = self._runner.decoder(
-                **_padded(prompts, self._runner.embed, device), use_cache=False
+        runner, device = self._runner, self._runner.device
+        lengths = [len(prompt) for prompt in prompts]
+        self.cached_tokens, suffixes = [0] * len(prompts), prompts
+        if runner.pool is not None:
+            self._pooled = runner.pool.lease(prompts)
+            self.cached_tokens = self._pooled.cached_tokens
+            suffixes = self._pooled.suffixes(prompts)
+        rows = PackedRows.of(lengths, self.cached_tokens)
+        self._context = ContextKV(torch.tensor(lengths, device=device))
+        cached = None if self._pooled is None else self._pooled.cached
+        with prefilling(self._context, rows, cached):
+            hidden = runner.decoder(
+                **model_inputs(suffixes, runner.embed, device),
+                position_ids=rows.positions(device),
+                use_cache=False,
             ).last_hidden_state
-        index = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        return self._runner.head(hidden.gather(1, index), 0, with_vocab_norm=with_vocab_norm)
+        last = hidden[0, rows.last(device)][:, None]
+        return runner.head(last, 0, with_vocab_norm=with_vocab_norm)
 
     def advance(
         self, parents: Tensor, codes: Tensor, depth: int, *, with_vocab_norm: bool
@@ -114,6 +142,16 @@ class _SharedContextSession:
             ).last_hidden_state
         self._beams.append_step(width, batch_size, codes.device)
         return self._runner.head(hidden, depth, with_vocab_norm=with_vocab_norm)
+
+    def close(self, sound: Sequence[bool] = ()) -> None:
+        pooled, self._pooled = self._pooled, None
+        if pooled is None:
+            return
+        try:
+            if sound and self._context is not None:
+                pooled.keep(self._context.keys, self._context.values, sound)
+        finally:
+            pooled.close()
 
 
 class PerBeamRunner:
@@ -138,13 +176,17 @@ class _PerBeamSession:
     def __init__(self, runner: PerBeamRunner) -> None:
         self._runner = runner
         self._caches: list[Any] = []
+        self.cached_tokens: Sequence[int] = ()
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
+        self.cached_tokens = [0] * len(prompts)
         rows = []
         embed = self._runner.model.get_input_embeddings()
         for prompt in prompts:
             output = self._runner.model(
-                **_padded([prompt], embed, self._runner.device), use_cache=True, logits_to_keep=1
+                **model_inputs([prompt], embed, self._runner.device),
+                use_cache=True,
+                logits_to_keep=1,
             )
             self._caches.append(output.past_key_values)
             rows.append(output.logits[:, -1:])
@@ -163,29 +205,10 @@ class _PerBeamSession:
             rows.append(output.logits[:, -1])
         return self._level(torch.stack(rows), depth, with_vocab_norm)
 
+    def close(self, sound: Sequence[bool] = ()) -> None:
+        self._caches.clear()
+
     def _level(self, logits: Tensor, level: int, with_vocab_norm: bool) -> LevelLogits:
         return level_of_vocab_logits(
             logits, self._runner.item_tokens, level, with_vocab_norm=with_vocab_norm
         )
-
-
-def _padded(prompts: Prompts, embed: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """The model's input of a batch, padded on the right by repeating each prompt's last position.
-
-    ``input_ids`` (B, T) where all prompts are token ids. Where one is embeddings, the others are
-    embedded by the model's own layer, so that a prompt means the same in either form:
-    ``inputs_embeds`` (B, T, H).
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    if not any(isinstance(prompt, Tensor) for prompt in prompts):
-        rows = [[*prompt, *([prompt[-1]] * (longest - len(prompt)))] for prompt in prompts]
-        return {"input_ids": torch.tensor(rows, device=device)}
-    dtype = next(embed.parameters()).dtype
-    embeds = []
-    for prompt in prompts:
-        if isinstance(prompt, Tensor):
-            row = prompt.to(device, dtype)
-        else:
-            row = embed(torch.tensor(list(prompt), device=device))
-        embeds.append(torch.cat([row, row[-1:].expand(longest - len(row), -1)]))
-    return {"inputs_embeds": torch.stack(embeds)}

@@ -36,11 +36,14 @@ class BatchOutcome:
         results: one per request.
         prefill_s: seconds spent on the prompts of the whole batch.
         decode_s: seconds spent on all its beam steps and on reading the result back.
+        cached_tokens: tokens of each prompt that an earlier one had computed already; empty for
+            none.
     """
 
     results: tuple[SearchResult | EngineFault, ...]
     prefill_s: float
     decode_s: float
+    cached_tokens: tuple[int, ...] = ()
 
 
 # Whether nobody waits any more for the answer to the request at this place of the batch.
