@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from server.batching.attempts import run_batch
-from server.batching.cost import CostEstimate
+from server.batching.cost import BatchShape, CostEstimate
 from server.batching.interfaces import Answer, BatchObserver, Searchable
 from server.batching.policy import BatchLimits, Decision, Waiting, form_batch
 from server.batching.prefetch import Ahead, Prefetcher
@@ -313,9 +313,10 @@ class Batcher:
 
     def _record(self, batch: Sequence[Place], started_s: float, now_s: float) -> None:
         seconds = now_s - started_s
-        longest = max(place.work.waiting.prompt_tokens for place in batch)
-        widest = max(place.beam_rows for place in batch)
-        self._cost.record(len(batch), longest, widest, seconds, now_s)
+        shape = BatchShape()
+        for place in batch:
+            shape = shape.with_request(place.work.waiting.prompt_tokens, place.beam_rows)
+        self._cost.record(shape, seconds, now_s)
         self._throughput.record(self._running_rows, seconds, now_s, full=self._room.queued > 0)
 
     def _post(self, callback: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from server.batching.cost import BatchCost
+from server.batching.cost import BatchCost, BatchShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,38 +119,33 @@ class _Batch:
         self.full = False
         self._limits, self._now_s, self._cost = limits, now_s, cost
         self._release: Hashable = None
-        self._longest = self._widest = 0
+        self._shape = BatchShape()
         self._first_deadline_s = float("inf")
 
     def take(self, request: Waiting) -> bool:
         """Add a request if it may join."""
-        count = len(self.keys) + 1
-        longest = max(self._longest, request.prompt_tokens)
-        widest = max(self._widest, request.beam_rows)
+        shape = self._shape.with_request(request.prompt_tokens, request.beam_rows)
         first_deadline_s = min(self._first_deadline_s, request.deadline_s)
         if self.keys:
             if request.release != self._release:
                 return False
             if (
-                count > self._limits.max_requests
-                or count * widest > self._limits.max_beam_rows
-                or count * longest > self._limits.max_prompt_tokens
+                shape.requests > self._limits.max_requests
+                or shape.padded_rows > self._limits.max_beam_rows
+                or shape.padded_tokens > self._limits.max_prompt_tokens
             ):
                 self.full = True
                 return False
             if self._cost is not None:
-                together_s = self._cost.seconds(count, longest, widest)
-                apart_s = _alone_s(request, self._cost) + self._cost.seconds(
-                    len(self.keys), self._longest, self._widest
-                )
+                together_s = self._cost.seconds(shape)
+                apart_s = self._cost.seconds(self._shape) + _alone_s(request, self._cost)
                 if together_s > apart_s or self._now_s + together_s > first_deadline_s:
                     return False
         self.keys.append(request.key)
         self._release = request.release
-        self._longest, self._widest = longest, widest
-        self._first_deadline_s = first_deadline_s
+        self._shape, self._first_deadline_s = shape, first_deadline_s
         return True
 
 
 def _alone_s(request: Waiting, cost: BatchCost) -> float:
-    return cost.seconds(1, request.prompt_tokens, request.beam_rows)
+    return cost.seconds(BatchShape().with_request(request.prompt_tokens, request.beam_rows))

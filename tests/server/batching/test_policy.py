@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching.cost import BatchCost
+from server.batching.cost import BatchCost, BatchShape
 from server.batching.policy import BatchLimits, Waiting, form_batch
 
 LIMITS = BatchLimits(max_requests=4, max_beam_rows=100, max_prompt_tokens=200)
@@ -15,6 +15,13 @@ LIMITS = BatchLimits(max_requests=4, max_beam_rows=100, max_prompt_tokens=200)
 def waiting(key: int, **fields: object) -> Waiting:
     base = Waiting(key=key, deadline_s=10.0, beam_rows=10, prompt_tokens=10, release="a")
     return replace(base, **fields)
+
+
+def shape_of(*batch: Waiting) -> BatchShape:
+    shape = BatchShape()
+    for request in batch:
+        shape = shape.with_request(request.prompt_tokens, request.beam_rows)
+    return shape
 
 
 requests = st.builds(
@@ -36,7 +43,7 @@ limits = st.builds(
 )
 times = st.floats(0, 20)
 costs = st.none() | st.builds(
-    BatchCost, st.floats(0, 2), token_s=st.floats(0, 0.02), row_s=st.floats(0, 0.02)
+    BatchCost, st.floats(0, 2), st.floats(0, 0.02), st.floats(0, 0.02), st.floats(0, 0.02)
 )
 
 
@@ -149,11 +156,8 @@ def test_who_could_meet_a_deadline_before_still_does(queue, limits, now, cost):
     batch = [queue[key] for key in form_batch(queue, limits, now, cost).run]
     if not batch:
         return
-    alone = [now + cost.seconds(1, r.prompt_tokens, r.beam_rows) <= r.deadline_s for r in batch]
-    together_s = cost.seconds(
-        len(batch), max(r.prompt_tokens for r in batch), max(r.beam_rows for r in batch)
-    )
-    if all(alone):
+    together_s = cost.seconds(shape_of(*batch))
+    if all(now + cost.seconds(shape_of(r)) <= r.deadline_s for r in batch):
         assert all(now + together_s <= r.deadline_s for r in batch)
 
 
@@ -165,14 +169,11 @@ def test_company_costs_no_more_than_running_apart(queue, limits, cost):
     batch = [queue[key] for key in form_batch(queue, limits, 0.0, cost).run]
     if not batch:
         return
-    together_s = cost.seconds(
-        len(batch), max(r.prompt_tokens for r in batch), max(r.beam_rows for r in batch)
-    )
-    apart_s = sum(cost.seconds(1, r.prompt_tokens, r.beam_rows) for r in batch)
-    assert together_s <= apart_s * (1 + 1e-9)
+    apart_s = sum(cost.seconds(shape_of(request)) for request in batch)
+    assert cost.seconds(shape_of(*batch)) <= apart_s * (1 + 1e-9)
 
 
-COST = BatchCost(fixed_s=0.1, token_s=0.001, row_s=0.001)
+COST = BatchCost(fixed_s=0.1, token_s=0.0, padded_token_s=0.001, row_s=0.001)
 
 
 def test_a_long_prompt_does_not_pad_the_short_ones():
@@ -182,6 +183,9 @@ def test_a_long_prompt_does_not_pad_the_short_ones():
     # Where starting a batch is what costs, they run together.
     slow_start = replace(COST, fixed_s=1.0)
     assert form_batch(queue, roomy, 0.0, slow_start).run == (0, 1, 2)
+    # And where prompts are not padded at all.
+    packed = replace(COST, token_s=0.001, padded_token_s=0.0)
+    assert form_batch(queue, roomy, 0.0, packed).run == (0, 1, 2)
 
 
 def test_a_wide_beam_does_not_pad_the_narrow_ones():
