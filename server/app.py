@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from server.api import completions, health, models, recommend
+from server.api import completions, health, models, recommend, score
 from server.api.handlers import install_error_handlers
 from server.api.middleware import add_middleware
 from server.proxy.app import mounted_proxy_app
@@ -60,7 +60,13 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in (recommend.router, completions.router, models.router, health.router):
+    for router in (
+        recommend.router,
+        score.router,
+        completions.router,
+        models.router,
+        health.router,
+    ):
         app.include_router(router)
     install_error_handlers(app, service.metrics)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 
@@ -117,18 +118,21 @@ class Service:
         Raises:
             ServiceError: see ``Recommender.recommend``.
         """
-        self._in_flight += 1
-        self._idle.clear()
-        try:
+        with self._answering():
             recommendation = await self._recommender.recommend(query, release)
-        finally:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle.set()
         shortfall = recommendation.answer.result.shortfall
         reason = None if shortfall is None else shortfall.reason
         self.metrics.answered(len(recommendation.items), reason)
         return recommendation
+
+    async def score(self, query: RecommendQuery, release: Release) -> Recommendation:
+        """Answer a query for the scores of given items; not counted among recommendations.
+
+        Raises:
+            ServiceError: see ``Recommender.recommend``.
+        """
+        with self._answering():
+            return await self._recommender.recommend(query, release)
 
     async def recommend_all(
         self, queries: Sequence[RecommendQuery], release: Release
@@ -144,6 +148,18 @@ class Service:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """A drain waits for what is done within."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
 
     def activate(self, release: Release) -> None:
         """Serve a release from now on; requests already admitted keep theirs."""

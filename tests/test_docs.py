@@ -13,6 +13,7 @@ import typer
 
 from rectokens.cli.app import app as library_cli
 from server.api.schemas import RecommendRequest, RecommendResponse
+from server.api.score_schemas import ScoreRequest, ScoreResponse
 from server.cli import app as server_cli
 from server.errors import ERROR_TABLE
 
@@ -75,7 +76,8 @@ def test_the_readme_s_request_and_answer_have_the_shapes_of_the_api() -> None:
 
 def test_every_field_and_error_is_on_the_api_page() -> None:
     page = (ROOT / "docs/api.md").read_text()
-    for name in (*RecommendRequest.model_fields, *RecommendResponse.model_fields):
+    models = (RecommendRequest, RecommendResponse, ScoreRequest, ScoreResponse)
+    for name in (name for model in models for name in model.model_fields):
         assert f"`{name}`" in page, name
     for kind, spec in ERROR_TABLE.items():
         row = rf"^\| [^|]*{spec.status}[^|]* \|[^|]*`{kind}`"

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from rectokens.prompts.parts import TextPart
 from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, TextInput
+from server.api.score_schemas import ScoreRequest
 from server.errors import ServiceError, invalid
 from server.recommender import ItemRef, RecommendQuery
 from server.settings import LimitSettings, NormalizationName, Settings
@@ -52,6 +53,38 @@ def to_query(body: RecommendRequest, settings: Settings, arrival_s: float) -> Re
         ),
         with_metadata="metadata" in body.include,
         with_level_scores="level_scores" in body.include,
+    )
+
+
+def to_score_query(body: ScoreRequest, settings: Settings, arrival_s: float) -> RecommendQuery:
+    """The search that a request for scores is: one that these items alone pass, all of them.
+
+    Filters never change a score, and a beam as wide as there are items keeps each of them.
+
+    Raises:
+        ServiceError: a value over a limit; names the value and the limit.
+    """
+    limits, defaults = settings.limits, settings.defaults
+    param = "history" if body.input is None else "input"
+    check_count("items", body.items, limits.max_score_items)
+    check_ids("items", body.items, limits.max_item_id_chars)
+    timeout_ms = _bounded("timeout_ms", body.timeout_ms, defaults.timeout_ms, limits.max_timeout_ms)
+    items = tuple(dict.fromkeys(body.items))
+    return RecommendQuery(
+        parts=_parts(body, param, limits),
+        parts_param=param,
+        top_k=len(items),
+        beam_width=len(items),
+        temperature=0.0,
+        seed=None,
+        exclude_history=False,
+        exclude_items=(),
+        allow_items=items,
+        constraint_sets=(),
+        normalization=body.normalization or defaults.normalization,
+        with_metadata=False,
+        with_level_scores=True,
+        deadline_s=arrival_s + timeout_ms / 1000,
     )
 
 
@@ -115,7 +148,7 @@ def build_query(
 
 
 def _parts(
-    body: RecommendRequest, param: str, limits: LimitSettings
+    body: RecommendRequest | ScoreRequest, param: str, limits: LimitSettings
 ) -> tuple[ItemRef | TextPart, ...]:
     if body.input is None:
         history = body.history or []

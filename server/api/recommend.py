@@ -17,7 +17,7 @@ from server.api.schemas import RecommendRequest, RecommendResponse
 from server.api.strict_json import StrictJsonRoute
 from server.batching.interfaces import Answer
 from server.errors import ErrorKind
-from server.recommender import Recommendation, RecommendQuery
+from server.recommender import PreparedSearch, Recommendation, RecommendQuery
 
 router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
 
@@ -85,13 +85,18 @@ def _to_wire(found: Recommendation, query: RecommendQuery, total_s: float) -> di
         "shortfall": shortfall and {"reason": shortfall.reason, "returned": shortfall.returned},
         "unknown_items": prepared.unknown_items,
         "seed": prepared.search.seed if query.temperature > 0 else None,
-        "usage": {
-            "prompt_tokens": len(prepared.prompt.token_ids),
-            "history_items": prepared.prompt.items_used,
-            "truncated_items": prepared.prompt.items_truncated,
-            "truncated_texts": prepared.prompt.texts_truncated,
-        },
+        "usage": usage(prepared),
         "timings": timings(answer, total_s),
+    }
+
+
+def usage(prepared: PreparedSearch) -> dict[str, int]:
+    """The body of ``Usage``."""
+    return {
+        "prompt_tokens": len(prepared.prompt.token_ids),
+        "history_items": prepared.prompt.items_used,
+        "truncated_items": prepared.prompt.items_truncated,
+        "truncated_texts": prepared.prompt.texts_truncated,
     }
 
 

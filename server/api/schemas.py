@@ -46,7 +46,7 @@ _EXAMPLE_RESPONSE: Json = {
 }
 
 # Exactly one of the two; null counts as left out.
-_HISTORY_OR_INPUT: Json = {
+ONE_OF_HISTORY_AND_INPUT: Json = {
     "oneOf": [
         {
             "required": ["history"],
@@ -97,6 +97,21 @@ InputPart = Annotated[
 ItemId = Annotated[str, Field(min_length=1)]
 
 
+def require_one_of_history_and_input(history: object, given: object) -> None:
+    """Refuse both and neither; None is what was left out.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if history is not None and given is not None:
+        raise ValueError("both history and input are given; give one of them")
+    if history is None and given is None:
+        raise ValueError(
+            "neither history nor input is given; give one of them "
+            "(an empty list asks for the model's start prompt)"
+        )
+
+
 class RecommendRequest(StrictRequest):
     """What next for this user? Give ``history`` or ``input``, not both.
 
@@ -104,7 +119,7 @@ class RecommendRequest(StrictRequest):
     """
 
     model_config = ConfigDict(
-        json_schema_extra={**_HISTORY_OR_INPUT, "examples": [_EXAMPLE_REQUEST]}
+        json_schema_extra={**ONE_OF_HISTORY_AND_INPUT, "examples": [_EXAMPLE_REQUEST]}
     )
 
     history: list[ItemId] | None = Field(
@@ -167,13 +182,7 @@ class RecommendRequest(StrictRequest):
 
     @model_validator(mode="after")
     def _one_of_history_and_input(self) -> RecommendRequest:
-        if self.history is not None and self.input is not None:
-            raise ValueError("both history and input are given; give one of them")
-        if self.history is None and self.input is None:
-            raise ValueError(
-                "neither history nor input is given; give one of them "
-                "(an empty list asks for the model's start prompt)"
-            )
+        require_one_of_history_and_input(self.history, self.input)
         return self
 
 

@@ -22,13 +22,13 @@ import structlog
 _SCRIPT = Path(__file__).with_name("dummy_service.py")
 
 
-def _load_script() -> ModuleType:
+def _load_script(name: str = "dummy_service") -> ModuleType:
     # Tests are no package (importlib mode), so a sibling is loaded by its path.
-    spec = importlib.util.spec_from_file_location("dummy_service", _SCRIPT)
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["dummy_service"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -43,6 +43,12 @@ def _quiet_logs() -> None:
 def dummy() -> ModuleType:
     """The module ``dummy_service``."""
     return _load_script()
+
+
+@pytest.fixture(scope="session")
+def real(tiny_lm: Callable[..., Any]) -> Any:
+    """A release with weights; see ``real_release.py``."""
+    return _load_script("real_release").make_real_release(tiny_lm("qwen3", 64, seed=1))
 
 
 class RunningApp:

@@ -48,6 +48,7 @@ async def test_every_route_documents_its_errors_in_the_one_shape(running):
     ]
     assert {path for path, _, _ in operations} == {
         "/v1/recommend",
+        "/v1/score",
         "/v1/completions",
         "/v1/models",
         "/health",
