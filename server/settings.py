@@ -101,7 +101,9 @@ class LimitSettings(_Group):
     )
     max_allow_items: int = Field(default=10_000, ge=0, description="Most entries of allow_items.")
     max_score_items: int = Field(
-        default=1_000, ge=1, description="Most items that one request may have scored."
+        default=1_000,
+        ge=1,
+        description="Most items that one request may have scored; max_beam_width, if less.",
     )
     max_constraint_sets: int = Field(
         default=8, ge=1, description="Most constraint sets one request may intersect."
@@ -424,8 +426,6 @@ class Settings(BaseSettings):
             ("defaults.temperature", "limits.max_temperature"),
             ("defaults.timeout_ms", "limits.max_timeout_ms"),
             ("limits.max_top_k", "limits.max_beam_width"),
-            # Every item that is scored takes a beam.
-            ("limits.max_score_items", "limits.max_beam_width"),
             # Otherwise the widest request that the limits allow could never be queued.
             ("limits.max_beam_width", "batching.max_queued_beam_rows"),
         ):
