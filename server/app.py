@@ -9,8 +9,11 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from server.api import completions, health, models, recommend, score
+from server.api.admin.auth import AdminGuard
+from server.api.admin.routers import ADMIN_PATH, UPLOADS_PATH, include_admin
 from server.api.handlers import install_error_handlers
 from server.api.middleware import add_middleware
+from server.following import StoreLink
 from server.proxy.app import mounted_proxy_app
 from server.proxy.service import Proxy
 from server.release import ReleaseLoader
@@ -27,7 +30,10 @@ carries `X-Request-ID`, the caller's own if it sent a usable one.
 
 
 def create_app(
-    settings: Settings, load_release: ReleaseLoader, proxy: Proxy | None = None
+    settings: Settings,
+    load_release: ReleaseLoader,
+    proxy: Proxy | None = None,
+    link: StoreLink | None = None,
 ) -> FastAPI:
     """The app of one service.
 
@@ -35,6 +41,7 @@ def create_app(
         settings: of the service.
         load_release: loads what is served; runs in the background once the app starts.
         proxy: served below ``/proxy`` and stopped with the app; None for none.
+        link: to the store that is followed, started and stopped with the app; None for none.
 
     Returns:
         The app; ``app.state.service`` is its :class:`~server.service.Service`.
@@ -44,9 +51,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        if link is not None:
+            link.start(service)
         try:
             yield
         finally:
+            if link is not None:
+                await link.stop()
             if proxy is not None:
                 await proxy.stop()
             await service.stop()
@@ -60,6 +71,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
+    app.state.link = link
+    app.state.job_watchers = set()
+    app.state.admin_guard = AdminGuard(settings.admin)
     for router in (
         recommend.router,
         score.router,
@@ -68,9 +82,14 @@ def create_app(
         health.router,
     ):
         app.include_router(router)
+    include_admin(app)
     install_error_handlers(app, service.metrics)
 
-    max_bytes_below = {completions.PATH: settings.limits.max_completion_body_bytes}
+    max_bytes_below = {
+        completions.PATH: settings.limits.max_completion_body_bytes,
+        UPLOADS_PATH: settings.admin.max_upload_bytes,
+        ADMIN_PATH: settings.admin.max_body_bytes,
+    }
     if proxy is not None:
         app.mount(PROXY_PATH, mounted_proxy_app(proxy))
         max_bytes_below[f"{PROXY_PATH}/"] = settings.proxy.max_body_bytes
@@ -80,5 +99,6 @@ def create_app(
         service.metrics,
         max_bytes=settings.limits.max_body_bytes,
         max_bytes_below=max_bytes_below,
+        timeout_s_below={UPLOADS_PATH: settings.admin.upload_timeout_s},
     )
     return app

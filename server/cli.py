@@ -31,7 +31,8 @@ app = typer.Typer(
 @app.command()
 @with_setting_flags
 def serve(flags: dict[str, Any]) -> None:
-    """Serve a model and a catalog: --model DIR --catalog DIR, or --release DIR.
+    """Serve a model and a catalog: --model DIR --catalog DIR, or --release DIR; or follow a
+    store, --store.path DIR_OR_URL, and serve whatever is active in it.
 
     Every flag is an environment variable too: --limits.max-top-k is
     RECTOKENS_LIMITS__MAX_TOP_K. All of them: docs/settings.md.
@@ -40,8 +41,24 @@ def serve(flags: dict[str, Any]) -> None:
     address cannot be listened on, 2 for a setting that is unknown or not allowed.
     """
     settings = settings_or_exit(flags)
-    if settings.release is None and (settings.model is None or settings.catalog is None):
-        fail("nothing to serve; give --model and --catalog, or --release", USAGE_ERROR)
+    fixed = settings.release is not None or settings.model is not None or settings.catalog
+    if settings.store.path is not None:
+        if fixed:
+            fail(
+                "--store.path serves what is active in the store; leave out --release, --model "
+                "and --catalog",
+                USAGE_ERROR,
+            )
+        if settings.with_proxy:
+            fail(
+                "--with-proxy does not follow a store; run `python -m server proxy` beside it",
+                USAGE_ERROR,
+            )
+    elif settings.release is None and (settings.model is None or settings.catalog is None):
+        fail(
+            "nothing to serve; give --model and --catalog, or --release, or --store.path",
+            USAGE_ERROR,
+        )
     serve_until_signal(settings)
 
 
@@ -102,8 +119,11 @@ def demo(
     popularity, and served only with --serve.
     """
     settings = settings_or_exit(flags)
-    if settings.release or settings.model or settings.catalog:
-        fail("demo serves what it builds; leave out --release, --model, --catalog", USAGE_ERROR)
+    if settings.release or settings.model or settings.catalog or settings.store.path:
+        fail(
+            "demo serves what it builds; leave out --release, --model, --catalog, --store.path",
+            USAGE_ERROR,
+        )
 
     from server.demo.command import curl_example, run_demo
     from server.demo.evaluate import EvaluationError
@@ -142,6 +162,7 @@ def serve_until_signal(
     settings: Settings, on_ready: Callable[[str], None] = lambda base_url: None
 ) -> NoReturn:
     """Serve what the settings name, then end with the service's exit code."""
+    from server.following import StoreLink
     from server.proxy.errors import ProxyError
     from server.release import ReleaseError, load_release, release_paths
     from server.run import ListenError, run_service
@@ -152,9 +173,15 @@ def serve_until_signal(
             from server.proxy.service import load_proxy
 
             mounted = load_proxy(settings, *release_paths(settings))
-        code = run_service(settings, lambda: load_release(settings), on_ready, mounted)
+        if settings.store.path is not None:
+            link = StoreLink.open(settings)
+            code = run_service(settings, link.load_first, on_ready, link=link)
+        else:
+            code = run_service(settings, lambda: load_release(settings), on_ready, mounted)
     except (ListenError, ProxyError, ReleaseError) as error:
         fail(str(error), 1)
+    except SettingsError as error:
+        fail(str(error), USAGE_ERROR)
     raise typer.Exit(code)
 
 

@@ -19,6 +19,8 @@ class ErrorKind(StrEnum):
     FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
+    CONFLICT = "conflict"
+    NO_STORE = "no_store"
     BODY_TIMEOUT = "body_timeout"
     BODY_TOO_LARGE = "body_too_large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
@@ -34,6 +36,8 @@ class ErrorKind(StrEnum):
     DRAINING = "draining"
     ENGINE_DEAD = "engine_dead"
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    STORE_UNAVAILABLE = "store_unavailable"
+    DISK_FULL = "disk_full"
     UPSTREAM_UNREACHABLE = "upstream_unreachable"
     UPSTREAM_FAILED = "upstream_failed"
     UPSTREAM_UNAVAILABLE = "upstream_unavailable"
@@ -61,6 +65,8 @@ ERROR_TABLE: dict[ErrorKind, ErrorSpec] = {
     ErrorKind.FORBIDDEN: ErrorSpec(403, _INVALID),
     ErrorKind.NOT_FOUND: ErrorSpec(404, _INVALID),
     ErrorKind.METHOD_NOT_ALLOWED: ErrorSpec(405, _INVALID),
+    ErrorKind.CONFLICT: ErrorSpec(409, _INVALID),
+    ErrorKind.NO_STORE: ErrorSpec(409, _INVALID),
     ErrorKind.BODY_TIMEOUT: ErrorSpec(408, _INVALID),
     ErrorKind.BODY_TOO_LARGE: ErrorSpec(413, _INVALID),
     ErrorKind.UNSUPPORTED_MEDIA_TYPE: ErrorSpec(415, _INVALID),
@@ -77,6 +83,8 @@ ERROR_TABLE: dict[ErrorKind, ErrorSpec] = {
     ErrorKind.DRAINING: ErrorSpec(503, _UNAVAILABLE),
     ErrorKind.ENGINE_DEAD: ErrorSpec(503, _UNAVAILABLE),
     ErrorKind.DEADLINE_EXCEEDED: ErrorSpec(504, _TIMEOUT),
+    ErrorKind.STORE_UNAVAILABLE: ErrorSpec(503, _UNAVAILABLE),
+    ErrorKind.DISK_FULL: ErrorSpec(507, _SERVER),
     ErrorKind.UPSTREAM_UNREACHABLE: ErrorSpec(502, _SERVER),
     ErrorKind.UPSTREAM_FAILED: ErrorSpec(502, _SERVER),
     ErrorKind.UPSTREAM_UNAVAILABLE: ErrorSpec(503, _UNAVAILABLE),
@@ -121,6 +129,8 @@ class ServiceError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that belong to the error."""
+        if self.kind is ErrorKind.UNAUTHORIZED:
+            return {"WWW-Authenticate": "Bearer"}
         if self.retry_after_s is None:
             return {}
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -17,6 +18,7 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
+    from rectokens.artifacts.activation import Activation
     from server.batching.batcher import Batcher
     from server.release import Release
 
@@ -124,6 +126,49 @@ class Metrics(HttpMetrics):
             "rectokens_catalog_items", "Items in the catalog being served.", registry=registry
         )
 
+        self._catalog_age = Gauge(
+            "rectokens_catalog_age_seconds",
+            "Time since the catalog being served was made.",
+            registry=registry,
+        )
+        self._active_since = Gauge(
+            "rectokens_release_active_timestamp_seconds",
+            "Unix time since when this process serves its release.",
+            registry=registry,
+        )
+        self._store_sequence = Gauge(
+            "rectokens_store_activations",
+            "Number of the store's last activation, 0 before it was read.",
+            registry=registry,
+        )
+        self._behind = Gauge(
+            "rectokens_release_behind",
+            "1 while the release that is active in the store is not the one served.",
+            registry=registry,
+        )
+        self._swap_seconds = Histogram(
+            "rectokens_swap_seconds",
+            "Time from seeing a new active release to serving it; requests do not wait meanwhile.",
+            buckets=(*SECONDS, 60.0, 300.0, 1_800.0),
+            registry=registry,
+        )
+        self._swap_failures = Counter(
+            "rectokens_swap_failures",
+            "Attempts to serve the active release that failed; the log and /ready say why.",
+            registry=registry,
+        )
+
+        self._refused = Counter(
+            "rectokens_activations_refused",
+            "Releases that did not become active: they could not be loaded (failed), or the gate "
+            "did not let them through (blocked).",
+            ["state"],
+            registry=registry,
+        )
+        self._jobs = Gauge(
+            "rectokens_jobs", "Jobs that are remembered, by state.", ["state"], registry=registry
+        )
+
     def watch_queue(self, batcher: Batcher) -> None:
         """Report the batcher's queue depth whenever the metrics are read."""
         self._queued_requests.set_function(lambda: batcher.queued_requests)
@@ -139,6 +184,33 @@ class Metrics(HttpMetrics):
             tokenizer_fingerprint=release.spec.tokenizer_fingerprint,
         ).set(1)
         self._catalog_items.set(release.catalog.num_items)
+        made_s = release.catalog_created_s
+        if made_s is not None:
+            self._catalog_age.set_function(lambda: time.time() - made_s)
+        self._active_since.set_to_current_time()
+
+    def store_read(self, active: Activation | None, serving: str | None) -> None:
+        """The store's pointer was read, while this version was served."""
+        self._store_sequence.set(0 if active is None else active.sequence)
+        self._behind.set(active is not None and active.release != serving)
+
+    def swapped(self, seconds: float) -> None:
+        """The active release is served, so long after it was seen."""
+        self._swap_seconds.observe(seconds)
+        self._behind.set(0)
+
+    def rehearsal_refused(self, state: str) -> None:
+        """A release that a job wants to activate was ``failed`` or ``blocked`` here."""
+        self._refused.labels(state=state).inc()
+
+    def jobs_counted(self, counts: Mapping[str, int]) -> None:
+        """How many jobs the jobs' database has in each state."""
+        for state, count in counts.items():
+            self._jobs.labels(state=state).set(count)
+
+    def swap_failed(self) -> None:
+        """The active release could not be served, or the pointer could not be read."""
+        self._swap_failures.inc()
 
     def answered(self, items: int, shortfall_reason: str | None) -> None:
         """A recommendation went out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from rectokens.artifacts.binding import check_binding
 from rectokens.artifacts.catalog import load_catalog_manifest
 from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.manifest import Manifest, read_manifest
 from rectokens.artifacts.model import ModelArtifact, RetrievalSpec, load_model_manifest
 from rectokens.artifacts.release import load_release as load_release_manifest
 from rectokens.catalog.artifact import load_catalog
@@ -51,6 +52,8 @@ class Release:
         prompts: turns a history into a prompt, as in training.
         engine: the model; used by the engine thread only.
         text_tokenizer: the model's, None for one that has none.
+        version: of the release artifact, None for a model and a catalog that were named singly.
+        catalog_created_s: when the catalog artifact was written, in Unix seconds, if it is known.
     """
 
     model_name: str
@@ -62,6 +65,8 @@ class Release:
     prompts: PromptBuilder
     engine: SearchEngine
     text_tokenizer: Any = None
+    version: str | None = None
+    catalog_created_s: int | None = None
 
 
 ReleaseLoader = Callable[[], Release]
@@ -77,10 +82,36 @@ def load_release(settings: Settings) -> Release:
             catalog do not belong together, the recipe is unknown, or the model cannot search.
     """
     model_path, catalog_path = release_paths(settings)
+    release = load_parts(settings, model_path, catalog_path)
+    warm_up(release)
+    return release
+
+
+def load_parts(
+    settings: Settings,
+    model_path: Path,
+    catalog_path: Path,
+    *,
+    version: str | None = None,
+    beside: Release | None = None,
+) -> Release:
+    """Load a model and a catalog, without searching yet.
+
+    Args:
+        settings: of the service.
+        model_path: folder of the model.
+        catalog_path: folder of the catalog.
+        version: of the release that names the two.
+        beside: a release that is loaded; its model is kept where it is the same, and nothing of
+            the model is read then.
+
+    Raises:
+        ReleaseError: see :func:`load_release`.
+    """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ReleaseError("--device is cuda, but torch finds no GPU; use auto or cpu")
     try:
-        return _load(settings, model_path, catalog_path)
+        return _load(settings, model_path, catalog_path, version, beside)
     except ReleaseError:
         raise
     except (ValueError, OSError) as error:
@@ -109,28 +140,45 @@ def release_paths(settings: Settings) -> tuple[Path, Path]:
     return settings.model, settings.catalog
 
 
-def _load(settings: Settings, model_path: Path, catalog_path: Path) -> Release:
-    model = load_model_manifest(model_path)
-    config = load_catalog_manifest(catalog_path, verify_checksums=False).config
+def _load(
+    settings: Settings,
+    model_path: Path,
+    catalog_path: Path,
+    version: str | None,
+    beside: Release | None,
+) -> Release:
+    kept = beside is not None and read_manifest(model_path).version == beside.model_version
+    model = load_model_manifest(model_path, verify_checksums=not kept)
+    artifact = load_catalog_manifest(catalog_path, verify_checksums=False)
+    config, made_s = artifact.config, _created_s(artifact.manifest)
     check_binding(model, config, allow_other_tokenizer=settings.allow_mismatch)
     if model.spec.tokenizer_fingerprint != config.tokenizer_fingerprint:
         _log.warning("serving a catalog of another tokenizer, as allow_mismatch says")
     catalog = load_catalog(catalog_path)
+    if kept and beside is not None:
+        trie = catalog.trie.to(beside.trie.device)
+        return replace(
+            beside, catalog=catalog, trie=trie, version=version, catalog_created_s=made_s
+        )
     text_tokenizer = load_text_tokenizer(model)
     engine, prompts = _load_model(settings, model, text_tokenizer)
-    release = Release(
+    return Release(
         model_name=settings.model_name,
         model_version=model.manifest.version,
-        created_s=int(datetime.fromisoformat(model.manifest.created).timestamp()),
+        created_s=_created_s(model.manifest),
         spec=model.spec,
         catalog=catalog,
         trie=catalog.trie.to(engine.device),
         prompts=prompts,
         engine=engine,
         text_tokenizer=text_tokenizer,
+        version=version,
+        catalog_created_s=made_s,
     )
-    warm_up(release)
-    return release
+
+
+def _created_s(manifest: Manifest) -> int:
+    return int(datetime.fromisoformat(manifest.created).timestamp())
 
 
 def _load_model(
@@ -156,17 +204,23 @@ def _load_model(
 def warm_up(release: Release) -> None:
     """Answer the start prompt once, so that a model that cannot search never becomes ready.
 
+    Only for an engine that nobody uses yet.
+
     Raises:
         ReleaseError: the search failed.
     """
-    request = SearchRequest(
+    (result,) = release.engine.search([start_request(release)], release.trie).results
+    if isinstance(result, EngineFault):
+        raise ReleaseError(f"the model cannot search the catalog: {result.message}")
+
+
+def start_request(release: Release) -> SearchRequest:
+    """The narrow search for the start prompt that a release is tried with."""
+    return SearchRequest(
         prompt=release.prompts.build(()).token_ids,
         beam_width=_WARM_UP_BEAM_WIDTH,
         top_k=1,
     )
-    (result,) = release.engine.search([request], release.trie).results
-    if isinstance(result, EngineFault):
-        raise ReleaseError(f"the model cannot search the catalog: {result.message}")
 
 
 def load_text_tokenizer(model: ModelArtifact) -> Any:

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
+from server.following import StoreLink
 from server.logs import configure_logging
 from server.proxy.service import Proxy
 from server.release import ReleaseError, ReleaseLoader
@@ -37,6 +38,7 @@ def run_service(
     load_release: ReleaseLoader,
     on_ready: Callable[[str], None] = lambda base_url: None,
     proxy: Proxy | None = None,
+    link: StoreLink | None = None,
 ) -> int:
     """Serve until a signal; listens at once, ready when the release is loaded.
 
@@ -48,6 +50,7 @@ def run_service(
         load_release: loads what is served.
         on_ready: called with the base URL once requests are answered.
         proxy: served too, below ``/proxy``.
+        link: to the store that is followed.
 
     Returns:
         Exit code: 0 after a signal, 1 if the release could not be loaded (said on stderr).
@@ -57,7 +60,7 @@ def run_service(
     """
     configure_logging(settings.log_level)
     listener = listen(settings.host, settings.port)
-    app = create_app(settings, load_release, proxy)
+    app = create_app(settings, load_release, proxy, link)
     service: Service = app.state.service
 
     async def drain(timeout_s: float) -> bool:

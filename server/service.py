@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,16 +14,19 @@ import structlog
 
 from server.batching.batcher import Batcher, QueueLimits
 from server.batching.policy import BatchLimits
-from server.errors import ErrorKind, ServiceError
+from server.errors import EngineFaultError, ErrorKind, ServiceError
 from server.metrics import Metrics
 from server.recommender import Recommendation, Recommender, RecommendQuery
-from server.release import Release, ReleaseLoader
+from server.rehearsal.sample import RecentQueries
+from server.release import Release, ReleaseError, ReleaseLoader, start_request
+from server.retired import RetiredReleases
 from server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
 # How long the engine thread gets to finish its batch after everybody has been answered.
 _ENGINE_STOP_S = 5.0
+_TRY_AGAIN_S = 0.05
 
 
 class Phase(StrEnum):
@@ -46,12 +50,18 @@ class Service:
         on_ready: called on the event loop once the release is loaded and active.
         on_load_failed: called on the event loop if it could not be loaded.
         load_error: why not.
+        retired: what is served no more and still in memory.
+        recent: requests kept to try a new release on.
+        active_since_s: Unix time at which the release became active, None before that.
     """
 
     def __init__(self, settings: Settings, load_release: ReleaseLoader) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.load_error: BaseException | None = None
+        self.retired = RetiredReleases()
+        self.recent = RecentQueries(settings.gate.sample_requests)
+        self.active_since_s: float | None = None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_load_failed: Callable[[], None] = lambda: None
         batching = settings.batching
@@ -71,6 +81,7 @@ class Service:
         self._load_release = load_release
         self._release: Release | None = None
         self._draining = False
+        self._held = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -80,7 +91,7 @@ class Service:
     @property
     def phase(self) -> Phase:
         """Where in its life the service is."""
-        if self._draining:
+        if self._draining or self._held:
             return Phase.DRAINING
         return Phase.LOADING if self._release is None else Phase.READY
 
@@ -89,6 +100,21 @@ class Service:
         """Whether a loader or an engine that does not end still runs."""
         loading = self._loader is not None and self._loader.is_alive()
         return loading or not self._engine_ended
+
+    @property
+    def release(self) -> Release | None:
+        """The active release, in whatever phase; None while there is none."""
+        return self._release
+
+    @property
+    def held(self) -> bool:
+        """Whether an operator has drained the service, to resume it later."""
+        return self._held
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self._in_flight == 0
 
     def check_alive(self) -> None:
         """Raise if the engine thread has died.
@@ -108,6 +134,8 @@ class Service:
         self.check_alive()
         if self._draining:
             raise ServiceError(ErrorKind.DRAINING, "the service is shutting down")
+        if self._held:
+            raise ServiceError(ErrorKind.DRAINING, "the service was drained by an operator")
         if self._release is None:
             raise ServiceError(ErrorKind.LOADING, "the model is being loaded", retry_after_s=1.0)
         return self._release
@@ -120,6 +148,7 @@ class Service:
         """
         with self._answering():
             recommendation = await self._recommender.recommend(query, release)
+        self.recent.add(query)
         shortfall = recommendation.answer.result.shortfall
         reason = None if shortfall is None else shortfall.reason
         self.metrics.answered(len(recommendation.items), reason)
@@ -161,17 +190,72 @@ class Service:
             if self._in_flight == 0:
                 self._idle.set()
 
+    async def replay(self, query: RecommendQuery, release: Release) -> Recommendation:
+        """Answer a query from any release that is loaded, beside the callers' requests.
+
+        It queues like theirs, but is no answer to anybody: the metrics of answers leave it out.
+
+        Raises:
+            ServiceError: see ``Recommender.recommend``.
+        """
+        return await self._recommender.recommend(query, release)
+
+    async def try_release(self, release: Release, timeout_s: float) -> None:
+        """Search once with a release on the engine thread, between two batches.
+
+        Raises:
+            ReleaseError: the search failed, or found no time.
+        """
+        search = start_request(release)
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                with self._batcher.admit(search.beam_width, deadline_s) as place:
+                    await self._batcher.run(place, release, search)
+                    return
+            except EngineFaultError as error:
+                raise ReleaseError(f"the model cannot search the catalog: {error.detail}") from None
+            except ServiceError as error:
+                if error.kind is not ErrorKind.OVERLOADED or time.monotonic() > deadline_s:
+                    raise ReleaseError(f"the catalog could not be tried: {error}") from None
+            await asyncio.sleep(_TRY_AGAIN_S)
+
     def activate(self, release: Release) -> None:
         """Serve a release from now on; requests already admitted keep theirs."""
+        if self._release is not None:
+            self.retired.add(self._release, release)
         self._release = release
+        self.active_since_s = time.time()
         self.metrics.release_active(release)
         _log.info(
             "release active",
+            release=release.version,
             model=release.model_name,
             model_version=release.model_version,
             catalog_version=release.catalog.version,
             items=release.catalog.num_items,
         )
+
+    def deactivate(self) -> Release | None:
+        """Serve nothing until the next ``activate``; returns what was served."""
+        release, self._release = self._release, None
+        return release
+
+    async def hold(self, timeout_s: float) -> bool:
+        """Take no more requests until ``resume``; then wait for those in flight.
+
+        Returns:
+            Whether all of them were answered within ``timeout_s``.
+        """
+        self._held = True
+        _log.info("drained by an operator", in_flight=self._in_flight)
+        return await self._wait_until_idle(timeout_s)
+
+    def resume(self) -> None:
+        """Take requests again after ``hold``."""
+        if self._held:
+            _log.info("resumed by an operator")
+        self._held = False
 
     def start(self) -> None:
         """Start the engine thread and load the release in the background."""
@@ -198,6 +282,15 @@ class Service:
         """
         self._draining = True
         _log.info("draining", in_flight=self._in_flight)
+        return await self._wait_until_idle(timeout_s)
+
+    async def stop(self) -> None:
+        """End the engine thread; whoever still waits gets a 503."""
+        self._draining = True
+        self._recommender.close()
+        self._engine_ended = await self._batcher.stop(_ENGINE_STOP_S)
+
+    async def _wait_until_idle(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -205,12 +298,6 @@ class Service:
             _log.warning("drain timed out", in_flight=self._in_flight)
             return False
         return True
-
-    async def stop(self) -> None:
-        """End the engine thread; whoever still waits gets a 503."""
-        self._draining = True
-        self._recommender.close()
-        self._engine_ended = await self._batcher.stop(_ENGINE_STOP_S)
 
     def _loaded(self, release: Release) -> None:
         self.activate(release)

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -26,6 +34,9 @@ ENV_NESTED_DELIMITER = "__"
 COMPRESSION_ALIAS = "SGP_EMBEDDING_COMPRESSION"
 # Read by the tests and the demo, not by the service; never a mistake in its environment.
 FOREIGN_VARIABLES = frozenset({"RECTOKENS_DATA_DIR", "RECTOKENS_TRACEBACK"})
+
+MIN_ADMIN_KEY_CHARS = 16
+_SECRETS = "admin.keys"
 
 # The same as rectokens.schemas.search.Normalization, spelled out because that imports torch.
 NormalizationName = Literal["vocab", "level", "children"]
@@ -43,6 +54,19 @@ def _split_commas(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def require_admin_key(key: str, name: str) -> None:
+    """Refuse a key that is easily guessed or cannot be sent.
+
+    Raises:
+        ValueError: too short, or not printable ASCII; does not tell the key.
+    """
+    if len(key) < MIN_ADMIN_KEY_CHARS or not (key.isascii() and key.isprintable()) or " " in key:
+        raise ValueError(
+            f"{name} has {len(key)} characters; allowed are at least {MIN_ADMIN_KEY_CHARS} of "
+            "printable ASCII, without blanks"
+        )
 
 
 class _Group(BaseModel):
@@ -101,9 +125,7 @@ class LimitSettings(_Group):
     )
     max_allow_items: int = Field(default=10_000, ge=0, description="Most entries of allow_items.")
     max_score_items: int = Field(
-        default=1_000,
-        ge=1,
-        description="Most items that one request may have scored; max_beam_width, if less.",
+        default=1_000, ge=1, description="Most items that one request may have scored."
     )
     max_constraint_sets: int = Field(
         default=8, ge=1, description="Most constraint sets one request may intersect."
@@ -250,6 +272,12 @@ class StoreSettings(_Group):
         default=None,
         description="Local folder for what is downloaded; needed where the store is a URL.",
     )
+    poll_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=3_600,
+        description="Time between two looks at which release is active, in seconds.",
+    )
 
 
 class JobSettings(_Group):
@@ -318,8 +346,37 @@ class AdminSettings(_Group):
         default=(),
         description="Folders that jobs may read, as name=folder, separated by commas.",
     )
+    keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(),
+        description="Keys of /admin, separated by commas, at least 16 characters each; without "
+        "any, /admin is closed. Better a variable than a flag, which other users of the machine "
+        "see.",
+    )
+    keys_file: Path | None = Field(
+        default=None, description="File with such keys, one a line; read at the start."
+    )
+    open_on_loopback: bool = Field(
+        default=False,
+        description="Without keys, let callers of this machine in who come through no proxy.",
+    )
+    max_body_bytes: int = Field(
+        default=16_777_216,
+        ge=1_024,
+        description="Largest body below /admin, uploads excepted, in bytes; more is a 413.",
+    )
+    max_upload_bytes: int = Field(
+        default=8_589_934_592, ge=1_024, description="Largest upload, in bytes; more is a 413."
+    )
+    max_uploads_bytes: int = Field(
+        default=68_719_476_736,
+        ge=1_024,
+        description="What uploads may take together, in bytes; one over it is refused.",
+    )
+    upload_timeout_s: float = Field(
+        default=3_600.0, gt=0, description="Time a client has to send an upload, in seconds."
+    )
 
-    @field_validator("sources", mode="before")
+    @field_validator("sources", "keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return _split_commas(value)
@@ -339,10 +396,47 @@ class AdminSettings(_Group):
             names.add(name)
         return value
 
+    @field_validator("keys")
+    @classmethod
+    def _long_enough(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for place, key in enumerate(value, start=1):
+            require_admin_key(key.get_secret_value(), f"key {place}")
+        return value
+
     @property
     def source_folders(self) -> dict[str, Path]:
         """The folders by name."""
         return {name: Path(folder) for name, _, folder in (e.partition("=") for e in self.sources)}
+
+
+class GateSettings(_Group):
+    """What a new release must show on replayed requests before it becomes active."""
+
+    sample_requests: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="Recent requests kept in memory to be replayed: item ids and numbers, never "
+        "text; 0 keeps none.",
+    )
+    min_requests: int = Field(
+        default=0, ge=0, description="Fewer compared requests block an activation."
+    )
+    min_overlap: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="A lower mean share of old items among the new ones blocks.",
+    )
+    max_shortfall: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="A larger share of requests that get fewer items than they ask for blocks.",
+    )
+    max_latency_ratio: float | None = Field(
+        default=None, gt=0, description="A larger ratio of new to old median latency blocks."
+    )
 
 
 class Settings(BaseSettings):
@@ -416,6 +510,7 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     jobs: JobSettings = JobSettings()
     admin: AdminSettings = AdminSettings()
+    gate: GateSettings = GateSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
@@ -426,6 +521,8 @@ class Settings(BaseSettings):
             ("defaults.temperature", "limits.max_temperature"),
             ("defaults.timeout_ms", "limits.max_timeout_ms"),
             ("limits.max_top_k", "limits.max_beam_width"),
+            # Every item that is scored takes a beam.
+            ("limits.max_score_items", "limits.max_beam_width"),
             # Otherwise the widest request that the limits allow could never be queued.
             ("limits.max_beam_width", "batching.max_queued_beam_rows"),
         ):
@@ -573,5 +670,7 @@ def _explain(error: ValidationError) -> str:
             continue
         flag = "--" + path.replace("_", "-")
         allowed = message[:1].lower() + message[1:]
-        lines.append(f"{env_name(path)} ({flag}) is {str(item['input'])!r}: {allowed}")
+        # What was typed for a key is nobody else's business.
+        value = "is not accepted" if path.startswith(_SECRETS) else f"is {str(item['input'])!r}"
+        lines.append(f"{env_name(path)} ({flag}) {value}: {allowed}")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
 import structlog
 from fastapi import FastAPI
@@ -21,9 +22,12 @@ from server.errors import INTERNAL_MESSAGE, ErrorKind
 from server.metrics import HttpMetrics
 from server.settings import Settings
 
+T = TypeVar("T")
+
 _log = structlog.get_logger(__name__)
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
+_NO_TIMES: Mapping[str, float] = MappingProxyType({})
 REQUEST_ID_HEADER = "X-Request-ID"
 # Printable and harmless in a log or a header; anything else is replaced, not refused.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -36,6 +40,7 @@ def add_middleware(
     *,
     max_bytes: int,
     max_bytes_below: Mapping[str, int] = _NOTHING,
+    timeout_s_below: Mapping[str, float] = _NO_TIMES,
 ) -> None:
     """Put what happens around every request around an app; see ``BodyLimitMiddleware``."""
     # The last one added is the outermost.
@@ -45,6 +50,7 @@ def add_middleware(
         max_bytes=max_bytes,
         timeout_s=settings.limits.body_timeout_s,
         max_bytes_below=max_bytes_below,
+        timeout_s_below=timeout_s_below,
     )
     if settings.http.cors_origins:
         app.add_middleware(
@@ -110,6 +116,7 @@ class BodyLimitMiddleware:
         max_bytes: a body over it is refused as soon as that is known, at best from its header.
         timeout_s: seconds from the first read to the last byte.
         max_bytes_below: instead of ``max_bytes``, for paths that begin so.
+        timeout_s_below: instead of ``timeout_s``, likewise.
     """
 
     def __init__(
@@ -120,19 +127,22 @@ class BodyLimitMiddleware:
         max_bytes: int,
         timeout_s: float,
         max_bytes_below: Mapping[str, int] = _NOTHING,
+        timeout_s_below: Mapping[str, float] = _NO_TIMES,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._max_bytes_below = max_bytes_below
         self._timeout_s = timeout_s
+        self._timeout_s_below = timeout_s_below
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limit(scope["path"])
+        limit = _below(self._max_bytes_below, scope["path"], self._max_bytes)
+        timeout_s = _below(self._timeout_s_below, scope["path"], self._timeout_s)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             self._metrics.rejected(ErrorKind.BODY_TOO_LARGE)
@@ -151,13 +161,13 @@ class BodyLimitMiddleware:
             nonlocal received, complete, deadline
             if complete:
                 return await receive()
-            deadline = loop.time() + self._timeout_s if deadline is None else deadline
+            deadline = loop.time() + timeout_s if deadline is None else deadline
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(
-                    408, f"body did not arrive within {self._timeout_s:g} seconds"
+                    408, f"body did not arrive within {timeout_s:g} seconds"
                 ) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
@@ -168,9 +178,10 @@ class BodyLimitMiddleware:
 
         await self._app(scope, receive_bounded, send)
 
-    def _limit(self, path: str) -> int:
-        found = (most for start, most in self._max_bytes_below.items() if path.startswith(start))
-        return next(found, self._max_bytes)
+
+def _below(special: Mapping[str, T], path: str, usual: T) -> T:
+    """What holds for the first entry that the path begins with, else what is usual."""
+    return next((value for start, value in special.items() if path.startswith(start)), usual)
 
 
 def _too_large(found: str, limit: int) -> str:

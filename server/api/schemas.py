@@ -250,6 +250,24 @@ class HealthResponse(StrictResponse):
     status: Literal["ok"]
 
 
+class StoreFailure(StrictResponse):
+    """Why the active release of the store is not the one that is served."""
+
+    release: str | None = Field(description="Null if the store itself cannot be read.")
+    message: str
+    at: str = Field(description="Of the last attempt, UTC.")
+    attempts: int
+
+
+class StoreState(StrictResponse):
+    """How the service stands to the store that it follows."""
+
+    active_release: str | None = Field(description="What is active in the store.")
+    activated_at: str | None = Field(description="Since when, UTC.")
+    loading: str | None = Field(description="The release being loaded beside the one served.")
+    failure: StoreFailure | None
+
+
 class ReadyResponse(StrictResponse):
     """Requests are being answered, by these versions."""
 
@@ -259,6 +277,10 @@ class ReadyResponse(StrictResponse):
     catalog_version: str
     tokenizer_fingerprint: str
     num_items: int
+    release_version: str | None = Field(description="Null for a model and a catalog named singly.")
+    active_s: float | None = Field(description="Seconds since this process serves it.")
+    catalog_age_s: float | None = Field(description="Seconds since the catalog was made.")
+    store: StoreState | None = Field(description="Null where no store is followed.")
 
 
 class ModelInfo(StrictResponse):

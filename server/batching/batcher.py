@@ -241,6 +241,8 @@ class Batcher:
                 if not batch:
                     return
                 self._run_batch(batch, prepared)
+                # They would keep their release in memory until the next batch comes.
+                del batch, prepared
         except BaseException:
             _log.critical("engine thread died", exc_info=True)
             with self._lock:
@@ -259,6 +261,9 @@ class Batcher:
         """The next batch, prepared or None; waits for one, empty when the batcher stops."""
         while True:
             with self._lock:
+                if not self._room.queued:
+                    # Everybody it was made for has left; it would keep their release in memory.
+                    self._prefetcher.take()
                 self._changed.wait_for(lambda: self._room.queued or self._stopping)
                 if self._stopping:
                     return [], None
@@ -273,6 +278,8 @@ class Batcher:
             if batch:
                 whole = ahead is not None and len(batch) == len(ahead.keys)
                 return batch, ahead.prepared if whole and ahead is not None else None
+            # All of them were expired; see above.
+            del places, ahead, decision, batch, expired
 
     def _commit(
         self, places: Sequence[Place], decision: Decision, ahead: Ahead | None

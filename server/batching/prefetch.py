@@ -116,22 +116,28 @@ class Prefetcher:
         return self._room.queued >= max(2 * self._seen, 1)
 
     def _work(self) -> None:
-        while True:
-            with self._due:
-                self._due.wait_for(lambda: self._stopping or self._is_due())
-                if self._stopping:
-                    return
-                places, batch, ahead = self._room.snapshot(), self._batch, self._ahead
-                self._seen = len(places)
-            try:
-                ahead = self._prepare(places, ahead)
-            except Exception as error:
-                # The engine thread meets the same error and knows what to do about it.
-                _log.debug("next batch not prepared", error=f"{type(error).__name__}: {error}")
-                continue
-            with self._due:
-                if batch == self._batch and self._running:
-                    self._ahead = ahead
+        # A step's own frame: while this thread waits, it keeps no release in memory.
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Wait until there is something to prepare, and do it; False at the end."""
+        with self._due:
+            self._due.wait_for(lambda: self._stopping or self._is_due())
+            if self._stopping:
+                return False
+            places, batch, ahead = self._room.snapshot(), self._batch, self._ahead
+            self._seen = len(places)
+        try:
+            ahead = self._prepare(places, ahead)
+        except Exception as error:
+            # The engine thread meets the same error and knows what to do about it.
+            _log.debug("next batch not prepared", error=f"{type(error).__name__}: {error}")
+            return True
+        with self._due:
+            if batch == self._batch and self._running:
+                self._ahead = ahead
+        return True
 
     def _prepare(self, places: Sequence[Place], ahead: Ahead | None) -> Ahead | None:
         decision = self._decide(places)

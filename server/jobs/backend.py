@@ -6,7 +6,7 @@ pickles, which whoever can write to the database could turn into code of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,40 @@ def open_backend(location: str | Path, name: str) -> Backend:
         raise BackendError(
             f"jobs cannot be kept in {_shown(location)}: {type(error).__name__}: {error}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tables beside those of the jobs, in the same place.
+
+    Attributes:
+        by_name: the tables.
+    """
+
+    by_name: dict[str, Table]
+    _storages: list[BaseStorage] = field(repr=False)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for storage in self._storages:
+            storage.close()
+
+
+def open_tables(location: str | Path, name: str, parts: Sequence[str]) -> Tables:
+    """Open, or begin, further tables of their own names; see :func:`open_backend`.
+
+    Raises:
+        BackendError: as :func:`open_backend`.
+    """
+    make = _factory(location)
+    try:
+        storages = {part: make(f"{name}_{part}") for part in parts}
+    except Exception as error:
+        raise BackendError(
+            f"notes cannot be kept in {_shown(location)}: {type(error).__name__}: {error}"
+        ) from error
+    tables = {part: Table(storage) for part, storage in storages.items()}
+    return Tables(tables, list(storages.values()))
 
 
 def _factory(location: str | Path) -> Callable[[str], BaseStorage]:

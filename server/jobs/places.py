@@ -10,6 +10,7 @@ from server.settings import Settings, SettingsError, env_name
 if TYPE_CHECKING:
     from rectokens.artifacts.release_store import ReleaseStore
     from server.jobs.ledger import JobLedger
+    from server.rehearsal.board import RehearsalBoard
 
 # Below the store's folder, hidden from whoever lists it.
 JOBS_FOLDER = ".jobs"
@@ -39,12 +40,37 @@ def open_ledger(settings: Settings) -> JobLedger:
     from server.jobs.ledger import JobLedger
 
     jobs = settings.jobs
-    location = jobs.database or jobs_folder(settings) / "jobs.sqlite3"
     return JobLedger(
-        open_backend(location, jobs.namespace),
+        open_backend(jobs_database(settings), jobs.namespace),
         max_queued=jobs.max_queued,
         keep_finished=jobs.keep_finished,
     )
+
+
+def jobs_database(settings: Settings) -> str | Path:
+    """Where jobs are recorded: a URL, or the file of an SQLite database.
+
+    Raises:
+        SettingsError: no store is named.
+    """
+    return settings.jobs.database or jobs_folder(settings) / "jobs.sqlite3"
+
+
+def open_board(settings: Settings) -> RehearsalBoard:
+    """The board that jobs and serving processes share, in the same database.
+
+    Raises:
+        SettingsError: no store is named.
+        BackendError: the database cannot be used.
+    """
+    from server.jobs.backend import open_tables
+    from server.rehearsal.board import RehearsalBoard
+
+    tables = open_tables(
+        jobs_database(settings), settings.jobs.namespace, ("servers", "rehearsals", "answers")
+    )
+    servers, rehearsals, answers = tables.by_name.values()
+    return RehearsalBoard(servers, rehearsals, answers, close=tables.close)
 
 
 def jobs_folder(settings: Settings) -> Path:

@@ -76,8 +76,12 @@ StartApp = Callable[..., Any]
 
 @pytest.fixture
 async def start_app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartApp]:
-    """``await start_app(release, **flags)``: a ready app; flags are dotted setting names."""
+    """``await start_app(release, **flags)``: a ready app; flags are dotted setting names.
+
+    With ``store__path`` it follows that store, and needs no release.
+    """
     from server.app import create_app
+    from server.following import StoreLink
     from server.settings import load_settings
 
     for name in os.environ:
@@ -87,10 +91,14 @@ async def start_app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartApp]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            release: Any, *, load: Any = None, wait: bool = True, **flags: Any
+            release: Any = None, *, load: Any = None, wait: bool = True, **flags: Any
         ) -> RunningApp:
             settings = load_settings({k.replace("__", "."): v for k, v in flags.items()})
-            app = create_app(settings, load or (lambda: release))
+            link = None
+            if settings.store.path is not None:
+                link = StoreLink.open(settings)
+                load = load or link.load_first
+            app = create_app(settings, load or (lambda: release), link=link)
             await stack.enter_async_context(app.router.lifespan_context(app))
             client = await stack.enter_async_context(
                 httpx.AsyncClient(
@@ -161,3 +169,15 @@ def start_process() -> Iterator[Callable[..., ServerProcess]]:
         if server.process.poll() is None:
             server.process.kill()
         server.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def stores() -> ModuleType:
+    """The module ``stores``."""
+    return _load_script("stores")
+
+
+@pytest.fixture
+def small_store(tmp_path: Path, tiny_lm: Any, stores: ModuleType) -> Any:
+    """A store with a tiny model and one active release; see ``stores.SmallStore``."""
+    return stores.make_store(tmp_path / "store", tiny_lm("qwen3"))

@@ -46,7 +46,8 @@ async def test_every_route_documents_its_errors_in_the_one_shape(running):
         for path, methods in spec["paths"].items()
         for method, operation in methods.items()
     ]
-    assert {path for path, _, _ in operations} == {
+    paths = {path for path, _, _ in operations}
+    assert {path for path in paths if not path.startswith("/admin/")} == {
         "/v1/recommend",
         "/v1/score",
         "/v1/completions",
@@ -58,7 +59,7 @@ async def test_every_route_documents_its_errors_in_the_one_shape(running):
     shape = {"$ref": "#/components/schemas/ErrorResponse"}
     for path, _, operation in operations:
         assert operation["summary"], path
-        errors = {k: v for k, v in operation["responses"].items() if k != "200"}
+        errors = {k: v for k, v in operation["responses"].items() if not k.startswith("2")}
         assert "500" in errors, path
         for status, response in errors.items():
             assert response["content"]["application/json"]["schema"] == shape, (path, status)
@@ -69,8 +70,9 @@ async def test_recommend_documents_every_status_it_can_answer(running):
     spec = (await running.client.get("/openapi.json")).json()
     recommend = spec["paths"]["/v1/recommend"]["post"]
     documented = set(recommend["responses"])
-    # 401 and 403 need keys, 404 and 405 another path; nobody reads a 499; 502 is the proxy's.
-    not_its_own = {401, 403, 404, 405, 499, 502}
+    # 401, 403, 409 and 507 are of /admin, 404 and 405 of another path; nobody reads a 499; 502 is
+    # the proxy's.
+    not_its_own = {401, 403, 404, 405, 409, 499, 502, 507}
     assert documented == {"200"} | {
         str(spec.status) for spec in ERROR_TABLE.values() if spec.status not in not_its_own
     }

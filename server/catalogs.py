@@ -1,0 +1,345 @@
+"""Following a store: load its active release beside the one served, try it, switch, free the old.
+
+The store's pointer decides; every replica reads it for itself. Whatever fails on the way leaves
+the release that is served where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import structlog
+import torch
+
+from rectokens.artifacts.activation import Activation
+from server.memory import NotEnoughMemoryError
+from server.release import Release, ReleaseError
+from server.release_source import ReleaseSource
+from server.service import Service
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+# A release that could not be loaded is tried again after so long, doubled every time: what was
+# wrong may have been the network or the memory.
+_FIRST_RETRY_S, _MAX_RETRY_S = 5.0, 300.0
+# Beyond the longest request: the last batch of the release before must have ended.
+_MARGIN_S = 10.0
+_TRY_S = 60.0
+# How long a release is held that was prepared and does not become active.
+_CANDIDATE_S = 60.0
+# Loading shares the machine with the requests, and may take longer for it.
+_LOADER_NICENESS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SwapFailure:
+    """A release that is active in the store and is not served.
+
+    Attributes:
+        release: its version, None if the pointer itself could not be read.
+        message: why not.
+        at: UTC, ISO 8601, of the last attempt.
+        attempts: so far.
+    """
+
+    release: str | None
+    message: str
+    at: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """How a service stands to the store that it follows.
+
+    Attributes:
+        active: what the store says, None before it was read or while there is none.
+        failure: why that is not served; None where it is, or is on its way.
+    """
+
+    active: Activation | None = None
+    failure: SwapFailure | None = None
+
+
+class ReleaseFollower:
+    """Keeps a service on the active release of a store.
+
+    At most two releases are in memory: a new one is loaded only when the one before last is gone.
+
+    Attributes:
+        status: how the service stands to the store.
+        loading: the version that is being loaded, None for none.
+
+    Args:
+        service: what serves.
+        source: what loads.
+        poll_s: seconds between two looks at the pointer.
+        max_request_s: the longest a request may take.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        source: ReleaseSource,
+        *,
+        poll_s: float,
+        max_request_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._service = service
+        self._source = source
+        self._poll_s = poll_s
+        self._free_timeout_s = max_request_s + _MARGIN_S
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="follow", initializer=_yield_to_requests
+        )
+        # Held while anything is loaded: a look at the pointer and a rehearsal never overlap.
+        self._loading = asyncio.Lock()
+        # Prepared for the pointer to reach it, until then.
+        self._candidate: Release | None = None
+        self._candidate_until_s = 0.0
+        self._retry_at_s = 0.0
+        self.loading: str | None = None
+        self._stop = threading.Event()
+        self.status = StoreStatus()
+
+    def load_first(self) -> Release:
+        """Load what is served first; called on a thread of its own. See ``ReleaseSource``.
+
+        Raises:
+            ReleaseError: nothing could be loaded.
+        """
+        return self._source.load_first(self._poll_s, self._stop)
+
+    async def run(self) -> None:
+        """Look at the pointer again and again, until cancelled."""
+        while self._service.release is None:
+            await asyncio.sleep(self._poll_s)
+        while True:
+            try:
+                await self.step()
+            except Exception:
+                # Nothing may end the following: the next look starts afresh.
+                _log.exception("following the store failed")
+            await asyncio.sleep(self._poll_s)
+
+    async def step(self) -> None:
+        """Look at the pointer once, and follow it if it has moved."""
+        self._take_over_first_failure()
+        try:
+            active = await self._call(self._source.active)
+        except ReleaseError as error:
+            self._failed(None, error)
+            return
+        if self._candidate is not None and self._clock() > self._candidate_until_s:
+            _log.warning("a release held ready was not activated", release=self._candidate.version)
+            self._drop_candidate()
+        moved = active != self.status.active
+        self.status = StoreStatus(active, self.status.failure)
+        serving = self._service.release
+        served = None if serving is None else serving.version
+        del serving  # must not be what keeps it in memory while the next one is loaded
+        self._service.metrics.store_read(active, served)
+        if active is None or served == active.release:
+            self._succeeded()
+            return
+        if not moved and self._clock() < self._retry_at_s:
+            return
+        async with self._loading:
+            try:
+                await self._switch_to(active.release)
+            except Exception as error:
+                if not isinstance(error, ReleaseError):
+                    _log.exception("unexpected error while loading a release")
+                self._failed(active.release, error)
+            else:
+                self._succeeded()
+                return
+            # Only now is what was half loaded held by nothing but itself.
+            await self._call(_collect_garbage)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being loaded, or is held ready for the pointer."""
+        return self._loading.locked() or self._candidate is not None
+
+    async def prepare(
+        self,
+        version: str,
+        before: Callable[[Release], Awaitable[None]],
+        after: Callable[[Release], Awaitable[bool]],
+    ) -> None:
+        """Load a release and hold it ready for the pointer to reach it.
+
+        It is let go again where the pointer does not within a minute.
+
+        Args:
+            version: of the release.
+            before: called with what is served, before anything is loaded.
+            after: called with what was loaded; False lets go of it at once.
+
+        Raises:
+            ReleaseError: it cannot be loaded.
+        """
+        async with self._loading:
+            self._drop_candidate()
+            serving = self._service.release
+            if serving is not None:
+                await before(serving)
+            del serving
+            candidate = await self._load(version)
+            accepted = False
+            try:
+                accepted = await after(candidate)
+            finally:
+                if not accepted:
+                    self._discard(candidate)
+            if accepted:
+                self._candidate = candidate
+                self._candidate_until_s = self._clock() + _CANDIDATE_S
+
+    async def stop(self) -> None:
+        """Let go of the loader thread and of what it prepared."""
+        self._stop.set()
+        self._candidate = None
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _switch_to(self, version: str) -> None:
+        """Serve a release; on failure nothing has changed."""
+        started = self._clock()
+        if self._candidate is not None and self._candidate.version == version:
+            candidate, self._candidate = self._candidate, None
+        else:
+            self._drop_candidate()
+            candidate = await self._load(version)
+        new_model = _model_of(candidate) != _model_of(self._service.release)
+        self._service.activate(candidate)
+        self._service.metrics.swapped(self._clock() - started)
+        if new_model:
+            # Models may hold themselves in cycles, and a device's memory is freed only with them.
+            del candidate
+            await self._call(_collect_garbage)
+
+    async def _load(self, version: str) -> Release:
+        """Load and try a release: beside the one served or, if it was drained, in its place."""
+        self.loading = version
+        try:
+            return await self._load_beside(version)
+        except NotEnoughMemoryError:
+            if not (self._service.held and self._service.idle and self._service.release):
+                raise
+        finally:
+            self.loading = None
+        return await self._load_instead(version)
+
+    async def _load_beside(self, version: str) -> Release:
+        """Load and try a release while another is served."""
+        if not await self._service.retired.wait_until_gone(self._free_timeout_s):
+            raise ReleaseError(
+                f"the release before last is still in memory after {self._free_timeout_s:g} s; a "
+                "third is not loaded beside it"
+            )
+        serving = self._service.release
+        _log.info("loading a release", release=version, serving=serving and serving.version)
+        candidate = await self._call(self._source.load, version, serving)
+        if serving is not None and candidate.engine is serving.engine:
+            await self._service.try_release(candidate, _TRY_S)
+        return candidate
+
+    async def _load_instead(self, version: str) -> Release:
+        """Load a release in the place of the one served, which a drained service can spare."""
+        old = self._service.deactivate()
+        assert old is not None
+        old_version = old.version
+        assert old_version is not None
+        _log.warning("unloading a release to make room", release=old_version)
+        self._service.retired.add(old, None)
+        del old
+        await self._call(_collect_garbage)
+        try:
+            return await self._load_beside(version)
+        except Exception as error:
+            reason = _reason(error)
+        # Here, where the error's frames hold nothing of the release that failed any more.
+        await self._call(_collect_garbage)
+        self._service.activate(await self._load_beside(old_version))
+        raise ReleaseError(f"{reason} (the release before was loaded again)")
+
+    def _drop_candidate(self) -> None:
+        if self._candidate is not None:
+            self._discard(self._candidate)
+            self._candidate = None
+
+    def _discard(self, candidate: Release) -> None:
+        self._service.retired.add(candidate, self._service.release)
+
+    def _take_over_first_failure(self) -> None:
+        failure, self._source.first_failure = self._source.first_failure, None
+        if failure is not None:
+            self._failed(*failure)
+
+    def _failed(self, release: str | None, error: Exception) -> None:
+        known = self.status.failure
+        again = known is not None and known.release == release
+        attempts = known.attempts + 1 if known is not None and again else 1
+        message = _reason(error)
+        failure = SwapFailure(release, message, _now(), attempts)
+        self.status = StoreStatus(self.status.active, failure)
+        self._retry_at_s = self._clock() + min(_FIRST_RETRY_S * 2 ** (attempts - 1), _MAX_RETRY_S)
+        self._service.metrics.swap_failed()
+        serving = self._service.release
+        _log.error(
+            "the active release is not served",
+            release=release,
+            serving=serving and serving.version,
+            reason=message,
+            attempts=attempts,
+        )
+
+    def _succeeded(self) -> None:
+        self.status = StoreStatus(self.status.active)
+        self._retry_at_s = 0.0
+
+    async def _call(self, function: Callable[..., T], *args: object) -> T:
+        """A blocking function's result, from the loader thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ReleaseError) else f"{type(error).__name__}: {error}"
+
+
+def _model_of(release: Release | None) -> int | None:
+    return None if release is None else id(release.engine)
+
+
+def _collect_garbage() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _yield_to_requests() -> None:
+    """Let the scheduler prefer the threads that answer requests to the one that loads."""
+    if sys.platform == "linux":  # where a thread has a niceness of its own
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADER_NICENESS)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,137 @@
+"""Loading the releases of a store, one beside another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+import torch
+
+from rectokens.artifacts.activation import Activation
+from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.release_store import ReleaseStore
+from server.memory import AvailableBytes, available_bytes, memory_need, require_room
+from server.release import Release, ReleaseError, load_parts, warm_up
+from server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+
+class ReleaseSource:
+    """Loads releases of a store for a service. Everything here blocks.
+
+    Args:
+        settings: of the service.
+        store: where releases come from.
+        available: bytes that are free on a device.
+
+    Attributes:
+        first_failure: the active release that could not be loaded at the start, and why, if the
+            one before it is served in its place.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: ReleaseStore,
+        available: AvailableBytes = available_bytes,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._available = available
+        self.first_failure: tuple[str, ReleaseError] | None = None
+
+    def active(self) -> Activation | None:
+        """The store's record of what is active.
+
+        Raises:
+            ReleaseError: it cannot be read.
+        """
+        try:
+            return self._store.active()
+        except (ArtifactError, OSError) as error:
+            raise ReleaseError(f"the store cannot be read: {error}") from error
+
+    def load(self, version: str, beside: Release | None) -> Release:
+        """Load a release, verify it and, where it brings its own model, try it.
+
+        Args:
+            version: of the release.
+            beside: what is served; its model is kept where it is the same. Such a release has
+                not been tried: its engine belongs to another thread.
+
+        Raises:
+            ReleaseError: a part is missing or damaged (names the file), does not fit the other
+                or the memory, or the model cannot search.
+        """
+        try:
+            artifact = self._store.open_release(version)
+            kept = beside is not None and beside.model_version == artifact.model_version
+            device = _device(self._settings) if beside is None else beside.trie.device
+            need = memory_need(
+                artifact.catalog_path,
+                None if kept else artifact.model_path,
+                device,
+                self._settings.dtype,
+            )
+        except (ArtifactError, OSError) as error:
+            raise ReleaseError(str(error)) from error
+        require_room(need, device, self._available)
+        release = load_parts(
+            self._settings,
+            artifact.model_path,
+            artifact.catalog_path,
+            version=version,
+            beside=beside if kept else None,
+        )
+        if not kept:
+            warm_up(release)
+        return release
+
+    def load_first(self, poll_s: float, stop: threading.Event) -> Release:
+        """Load the active release; waits for one where the store has none yet.
+
+        An active release that cannot be loaded is passed over for the one before it, if there is
+        one: a service with yesterday's catalog is better than none. ``first_failure`` tells.
+
+        Args:
+            poll_s: seconds between two looks while there is none.
+            stop: ends the wait.
+
+        Raises:
+            ReleaseError: neither could be loaded; or the wait was ended.
+        """
+        active = self.active()
+        if active is None:
+            _log.warning("no release is active in the store yet; waiting for one")
+        while active is None:
+            if stop.wait(poll_s):
+                raise ReleaseError("stopped before a release was active")
+            active = self.active()
+        try:
+            return self.load(active.release, None)
+        except ReleaseError as error:
+            if active.previous is None:
+                raise
+            _log.error(
+                "the active release cannot be loaded; taking the one before",
+                release=active.release,
+                previous=active.previous,
+                reason=str(error),
+            )
+            try:
+                release = self.load(active.previous, None)
+            except ReleaseError:
+                raise error from None
+            self.first_failure = (active.release, error)
+            return release
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+LoadRelease = Callable[[str, Release | None], Release]

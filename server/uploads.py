@@ -1,0 +1,180 @@
+"""Files that were sent: in one folder, under names of ours, within bounds, for a few days."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+KEEP_S = 3 * 86_400.0
+# A partial file that nobody writes to any more belongs to a process that was killed.
+_STALE_PARTIAL_S = 3_600.0
+_PARTIAL = ".partial-"
+_NAME = re.compile(r"[0-9a-f]{32}\.[a-z]{1,8}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UploadError(Exception):
+    """There is no room for an upload; the message names what there is and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUpload:
+    """A file that arrived whole.
+
+    Attributes:
+        name: in the folder.
+        num_bytes: its size.
+        sha256: of its content, None where it was not computed.
+        modified_s: when it arrived, in Unix seconds.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str | None
+    modified_s: float
+
+
+class UploadFolder:
+    """The folder of uploads. Everything here blocks.
+
+    Args:
+        folder: created when the first upload begins.
+        max_bytes: of all uploads together, those on their way included.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+
+    def begin(self, suffix: str) -> UploadWriter:
+        """Begin a file; old ones go first.
+
+        Args:
+            suffix: lower-case letters.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.remove_old()
+        name = f"{secrets.token_hex(16)}.{suffix}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"suffix is {suffix!r}; allowed are 1 to 8 lower-case letters")
+        return UploadWriter(self, self._folder, name)
+
+    def stored(self) -> list[StoredUpload]:
+        """Files that arrived whole, latest first."""
+        if not self._folder.is_dir():
+            return []
+        found = []
+        for path in self._folder.iterdir():
+            if _NAME.fullmatch(path.name):
+                state = path.stat()
+                found.append(StoredUpload(path.name, state.st_size, None, state.st_mtime))
+        return sorted(found, key=lambda one: (one.modified_s, one.name), reverse=True)
+
+    def remove(self, name: str) -> bool:
+        """Remove a file; whether it was there. A name that is not one of ours is never there."""
+        if not _NAME.fullmatch(name):
+            return False
+        try:
+            (self._folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove_old(self) -> None:
+        """Remove files past their days, and what killed processes left."""
+        now = time.time()
+        for path in self._folder.iterdir():
+            limit = _STALE_PARTIAL_S if path.name.startswith(_PARTIAL) else KEEP_S
+            ours = path.name.startswith(_PARTIAL) or _NAME.fullmatch(path.name)
+            try:
+                if ours and now - path.stat().st_mtime > limit:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+
+    def require_room(self, more: int) -> None:
+        """Refuse what would exceed the bound.
+
+        Raises:
+            UploadError: it would.
+        """
+        used = sum(path.stat().st_size for path in self._folder.iterdir() if path.is_file())
+        if used + more > self._max_bytes:
+            raise UploadError(
+                f"uploads take {used} bytes, and this one needs more; at most {self._max_bytes} "
+                "are allowed together; delete some"
+            )
+
+
+class UploadWriter:
+    """One file on its way. Hidden from jobs until it is finished."""
+
+    def __init__(self, uploads: UploadFolder, folder: Path, name: str) -> None:
+        self._uploads = uploads
+        self._target = folder / name
+        self._partial = folder / f"{_PARTIAL}{name}"
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        # Exclusively: a name that is taken, a link included, is never written through.
+        self._file: BinaryIO | None = self._partial.open("xb")
+
+    def write(self, data: bytes) -> None:
+        """Append bytes.
+
+        Raises:
+            UploadError: there is no room.
+            OSError: the file cannot be written.
+        """
+        assert self._file is not None
+        if not data:
+            return
+        self._uploads.require_room(len(data))
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            if error.errno in _FULL:
+                raise UploadError("the disk is full") from error
+            raise
+        self._digest.update(data)
+        self._num_bytes += len(data)
+
+    def finish(self) -> StoredUpload:
+        """Make the file lasting and visible.
+
+        Raises:
+            UploadError: it is empty, or the disk is full.
+            OSError: it cannot be written.
+        """
+        assert self._file is not None
+        if not self._num_bytes:
+            raise UploadError("the file is empty")
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno in _FULL:
+                raise UploadError("the disk is full") from error
+            raise
+        self._file.close()
+        self._file = None
+        os.rename(self._partial, self._target)
+        return StoredUpload(
+            self._target.name, self._num_bytes, self._digest.hexdigest(), time.time()
+        )
+
+    def discard(self) -> None:
+        """Remove a file that was not finished; nothing if it was."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._partial.unlink(missing_ok=True)

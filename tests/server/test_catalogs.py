@@ -1,0 +1,320 @@
+"""Following a store: the swap, what it leaves in memory, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import weakref
+
+import pytest
+
+from server.memory import NotEnoughMemoryError
+from server.release import ReleaseError
+
+FAST = {"store__poll_s": "0.02"}
+
+
+async def until(condition, timeout_s=20.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def start(start_app, small_store, **flags):
+    return await start_app(store__path=str(small_store.root), **{**FAST, **flags})
+
+
+def follower_of(running):
+    return running.app.state.link.follower
+
+
+async def served(running, number, small_store):
+    await until(lambda: running.service.release.version == small_store.releases[number])
+
+
+def only_of(answer, number):
+    return all(item["item_id"].startswith(f"{number}-") for item in answer["items"])
+
+
+async def test_it_starts_with_what_is_active_and_follows_the_pointer(start_app, small_store):
+    running = await start(start_app, small_store)
+    engine = running.service.release.engine
+    answer = (await running.post({"history": ["1-3"], "top_k": 5})).json()
+    assert answer["catalog_version"] == small_store.catalogs[1]
+    assert len(answer["items"]) == 5
+    assert only_of(answer, 1)
+
+    small_store.add(2, items=50)
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    answer = (await running.post({"history": ["2-3"], "top_k": 5})).json()
+    assert answer["catalog_version"] == small_store.catalogs[2]
+    assert only_of(answer, 2)
+    assert running.service.release.engine is engine  # the model was not loaded again
+
+    small_store.store.rollback()
+    await served(running, 1, small_store)
+    assert only_of((await running.post({"history": []})).json(), 1)
+
+    ready = (await running.client.get("/ready")).json()
+    assert ready["release_version"] == small_store.releases[1]
+    assert ready["store"]["active_release"] == small_store.releases[1]
+    assert ready["store"]["failure"] is None
+    assert 0 <= ready["active_s"] < 60
+    assert 0 <= ready["catalog_age_s"] < 600
+    assert await running.metric("rectokens_swap_seconds_count") == 2
+    assert await running.metric("rectokens_release_behind") == 0
+    assert await running.metric("rectokens_store_activations") == 3
+    assert await running.metric("rectokens_catalog_items") == 40
+    assert 0 <= await running.metric("rectokens_catalog_age_seconds") < 600
+
+
+async def test_what_was_replaced_leaves_memory_with_its_last_batch(start_app, small_store):
+    running = await start(start_app, small_store)
+    await running.post({"history": ["1-3"], "constraint_set": "even"})
+    release = running.service.release
+    remains = [weakref.ref(one) for one in (release, release.catalog, release.trie.codes)]
+    del release
+    gc.disable()  # what is freed is freed by its last user, not by a later collection
+    try:
+        small_store.add(2)
+        small_store.activate(2)
+        await served(running, 2, small_store)
+        await until(lambda: running.service.retired.gone)
+        assert [one() for one in remains] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+async def test_a_running_batch_keeps_the_version_it_was_admitted_under(start_app, small_store):
+    running = await start(start_app, small_store)
+    engine = running.service.release.engine
+    inside, go_on = asyncio.Event(), asyncio.Event()
+    loop, run = asyncio.get_running_loop(), engine.run
+    held = []
+
+    def slow_run(prepared, *args):
+        if not held:
+            held.append(True)
+            loop.call_soon_threadsafe(inside.set)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(30)
+        return run(prepared, *args)
+
+    engine.run = slow_run
+    old = asyncio.create_task(running.post({"history": ["1-1"]}))
+    await inside.wait()
+    small_store.add(2)
+    small_store.activate(2)
+    # The new version is tried by a search between two batches, so it waits for the old one.
+    await until(lambda: follower_of(running).loading == small_store.releases[2])
+    await asyncio.sleep(0.2)
+    assert running.service.release.version == small_store.releases[1]
+    go_on.set()
+    answer = (await old).json()
+    assert answer["catalog_version"] == small_store.catalogs[1]
+    assert only_of(answer, 1)
+    await served(running, 2, small_store)
+
+
+async def test_a_third_version_waits_until_the_first_has_gone(start_app, small_store):
+    running = await start(start_app, small_store)
+    kept = running.service.release  # somebody still uses it
+    for number in (2, 3):
+        small_store.add(number)
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    small_store.activate(3)
+    await until(lambda: follower_of(running).loading == small_store.releases[3])
+    await asyncio.sleep(0.3)
+    assert running.service.release.version == small_store.releases[2]
+    del kept
+    await served(running, 3, small_store)
+
+
+async def test_a_new_model_is_loaded_beside_the_old_one(start_app, small_store, tiny_lm):
+    running = await start(start_app, small_store)
+    old = weakref.ref(running.service.release.engine)
+    small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    assert (await running.post({"history": ["2-1"]})).status_code == 200
+    await until(lambda: old() is None)
+
+
+@pytest.mark.parametrize("file", ["catalog/items.parquet", "catalog/trie.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+async def test_a_damaged_file_is_named_and_the_old_version_serves_on(
+    start_app, small_store, file, damage
+):
+    running = await start(start_app, small_store)
+    small_store.add(2)
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    small_store.activate(1)
+    await served(running, 1, small_store)
+    victim = small_store.root / "catalogs" / small_store.catalogs[2] / file.split("/")[1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    victim.write_bytes(content if damage == "flip" else content[:-9])
+    # The store refuses it by itself, so the pointer is moved behind its back.
+    with pytest.raises(ValueError, match=victim.name):
+        small_store.activate(2)
+    force_active(small_store, 2)
+    await until(lambda: follower_of(running).status.failure is not None)
+    assert running.service.release.version == small_store.releases[1]
+    assert (await running.post({"history": []})).status_code == 200
+    ready = (await running.client.get("/ready")).json()
+    assert ready["release_version"] == small_store.releases[1]
+    assert ready["store"]["failure"]["release"] == small_store.releases[2]
+    assert victim.name in ready["store"]["failure"]["message"]
+    assert await running.metric("rectokens_swap_failures_total") == 1
+    assert await running.metric("rectokens_release_behind") == 1
+    # It is not tried again and again, but a pointer that moves is followed at once.
+    small_store.add(3)
+    small_store.activate(3)
+    await served(running, 3, small_store)
+    assert (await running.client.get("/ready")).json()["store"]["failure"] is None
+    assert await running.metric("rectokens_release_behind") == 0
+
+
+def force_active(small_store, number):
+    """Move the pointer without the checks of the store."""
+    from rectokens.artifacts.activation import next_activation
+
+    storage = small_store.store._storage
+    assert storage.commit(next_activation(storage.current(), small_store.releases[number], None))
+
+
+async def test_an_unreadable_pointer_leaves_the_old_version_serving(start_app, small_store):
+    running = await start(start_app, small_store)
+    pointer = small_store.root / "active.json"
+    content = pointer.read_bytes()
+    pointer.write_bytes(b"{")
+    await until(lambda: follower_of(running).status.failure is not None)
+    failure = (await running.client.get("/ready")).json()["store"]["failure"]
+    assert failure["release"] is None
+    assert "active.json" in failure["message"]
+    assert (await running.post({"history": []})).status_code == 200
+    pointer.write_bytes(content)
+    await until(lambda: follower_of(running).status.failure is None)
+
+
+async def test_a_start_with_a_broken_active_release_serves_the_one_before_and_says_so(
+    start_app, small_store
+):
+    small_store.add(2)
+    small_store.activate(2)
+    shutil.rmtree(small_store.root / "catalogs" / small_store.catalogs[2])
+    running = await start(start_app, small_store)
+    assert running.service.release.version == small_store.releases[1]
+    await until(lambda: follower_of(running).status.failure is not None)
+    failure = (await running.client.get("/ready")).json()["store"]["failure"]
+    assert failure["release"] == small_store.releases[2]
+    assert small_store.catalogs[2] in failure["message"]
+
+
+async def test_a_start_with_nothing_but_a_broken_release_fails_with_its_reason(
+    start_app, small_store
+):
+    shutil.rmtree(small_store.root / "catalogs" / small_store.catalogs[1])
+    running = await start(start_app, small_store, wait=False)
+    await until(lambda: running.service.load_error is not None)
+    assert isinstance(running.service.load_error, ReleaseError)
+    assert small_store.catalogs[1] in str(running.service.load_error)
+
+
+async def test_an_empty_store_is_waited_for(start_app, tmp_path, tiny_lm, stores):
+    root = tmp_path / "later"
+    root.mkdir()
+    running = await start_app(store__path=str(root), wait=False, **FAST)
+    await asyncio.sleep(0.1)
+    assert (await running.client.get("/ready")).status_code == 503
+    stores.make_store(root, tiny_lm("qwen3"))
+    await until(lambda: running.service.phase == "ready")
+    assert (await running.post({"history": []})).status_code == 200
+
+
+async def test_a_search_that_fails_on_the_new_catalog_keeps_the_old(start_app, small_store):
+    running = await start(start_app, small_store)
+    engine = running.service.release.engine
+    run = engine.run
+
+    def run_or_fail(prepared, *args):
+        if prepared.trie.num_items == 50:
+            raise RuntimeError("made to order")
+        return run(prepared, *args)
+
+    engine.run = run_or_fail
+    small_store.add(2, items=50)
+    small_store.activate(2)
+    await until(lambda: follower_of(running).status.failure is not None)
+    assert "made to order" in follower_of(running).status.failure.message
+    assert running.service.release.version == small_store.releases[1]
+
+
+class TestMemory:
+    async def test_a_model_that_does_not_fit_is_refused_with_the_bytes_missing(
+        self, start_app, small_store, tiny_lm
+    ):
+        running = await start(start_app, small_store)
+        running.app.state.link._source._available = lambda device: 20_000
+        small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+        small_store.activate(2)
+        await until(lambda: follower_of(running).status.failure is not None)
+        message = follower_of(running).status.failure.message
+        assert "bytes are missing" in message
+        assert "drain" in message
+        assert running.service.release.version == small_store.releases[1]
+
+    async def test_a_drained_service_loads_it_in_the_place_of_the_old(
+        self, start_app, small_store, tiny_lm
+    ):
+        running = await start(start_app, small_store)
+        old = weakref.ref(running.service.release.engine)
+
+        def available(device):
+            return 1 << 40 if old() is None else 20_000
+
+        running.app.state.link._source._available = available
+        assert await running.service.hold(10)
+        small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+        small_store.activate(2)
+        await until(
+            lambda: (
+                running.service.release is not None
+                and running.service.release.version == small_store.releases[2]
+            )
+        )
+        assert (await running.client.get("/ready")).status_code == 503
+        running.service.resume()
+        assert (await running.post({"history": ["2-1"]})).status_code == 200
+
+    async def test_a_drained_service_takes_the_old_one_back_if_the_new_one_fails(
+        self, start_app, small_store, tiny_lm
+    ):
+        running = await start(start_app, small_store)
+        old = weakref.ref(running.service.release.engine)
+        source = running.app.state.link._source
+        source._available = lambda device: 1 << 40 if old() is None else 20_000
+        load = source.load
+
+        def load_or_fail(version, beside):
+            if old() is None and version == small_store.releases[2]:
+                raise ReleaseError("made to order")
+            return load(version, beside)
+
+        source.load = load_or_fail
+        assert await running.service.hold(10)
+        small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+        small_store.activate(2)
+        await until(lambda: follower_of(running).status.failure is not None)
+        assert "made to order" in follower_of(running).status.failure.message
+        assert running.service.release.version == small_store.releases[1]
+        running.service.resume()
+        assert (await running.post({"history": ["1-1"]})).status_code == 200
+
+    def test_the_error_names_what_is_missing(self):
+        error = NotEnoughMemoryError("the release", 1_000, 400)
+        assert error.missing_bytes == 600
+        assert "600 bytes are missing" in str(error)
