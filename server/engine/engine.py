@@ -20,7 +20,14 @@ from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import DecodeSession, Runner
 from server.engine.selection import collect_results
-from server.engine.types import BatchOutcome, EngineBrokenError, EngineFault, HasLeft, nobody_left
+from server.engine.types import (
+    BatchOutcome,
+    EngineBrokenError,
+    EngineFault,
+    HasLeft,
+    PrefixCacheStats,
+    nobody_left,
+)
 
 _LEFT = EngineFault("its caller has left")
 
@@ -82,6 +89,12 @@ class Engine:
     def hidden_size(self) -> int:
         """H of the input embeddings that a prompt may be given as."""
         return self._hidden_size
+
+    @property
+    def prefix_cache(self) -> PrefixCacheStats | None:
+        """What is kept of earlier prompts; None where nothing is. Any thread may read it."""
+        cache = self._runner.prefix_cache
+        return None if cache is None else cache.stats()
 
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
         """Answer a batch: see :meth:`prepare` and :meth:`run`."""

@@ -77,10 +77,12 @@ class KVPool:
         self.dtype = dtype
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        for layer, shape in self.shapes.items():
-            rows = (num_pages, shape.kv_heads, page_size)
-            self.keys[layer] = torch.empty(*rows, shape.key_dim, device=device, dtype=dtype)
-            self.values[layer] = torch.empty(*rows, shape.value_dim, device=device, dtype=dtype)
+        # Ordinary tensors even within inference mode, whose own could be written only there.
+        with torch.inference_mode(False):
+            for layer, shape in self.shapes.items():
+                rows = (num_pages, shape.kv_heads, page_size)
+                self.keys[layer] = torch.empty(*rows, shape.key_dim, device=device, dtype=dtype)
+                self.values[layer] = torch.empty(*rows, shape.value_dim, device=device, dtype=dtype)
 
     @classmethod
     def within(
@@ -124,6 +126,7 @@ class KVPool:
         """
         return _join(self.keys[layer][pages]), _join(self.values[layer][pages])
 
+    @torch.inference_mode()
     def write(self, layer: int, pages: Tensor, keys: Tensor, values: Tensor) -> None:
         """Fill whole pages.
 
@@ -157,19 +160,6 @@ def page_bytes(shapes: Mapping[int, LayerShape], page_size: int, dtype: torch.dt
 def pages_for(tokens: int, page_size: int) -> int:
     """Pages that a prompt of so many tokens lies in."""
     return -(-tokens // page_size)
-
-
-def shapes_of(keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> dict[int, LayerShape]:
-    """Layer shapes as a forward pass shows them.
-
-    Args:
-        keys: by layer index, (B, Hkv, T, D), for example a ``ContextKV``'s.
-        values: likewise.
-    """
-    return {
-        layer: LayerShape(key.shape[1], key.shape[3], values[layer].shape[3])
-        for layer, key in keys.items()
-    }
 
 
 def _join(pages: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.engine import Engine
+from server.engine.pool_setup import PoolOptions, attach_pool
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import PerBeamRunner, Runner, SharedContextRunner
 
@@ -20,7 +21,12 @@ _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 8e-2, to
 
 
 def load_engine(
-    model_dir: Path, item_tokens: ItemTokens, *, device: str = "auto", dtype: str = "auto"
+    model_dir: Path,
+    item_tokens: ItemTokens,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    pool: PoolOptions | None = None,
 ) -> Engine:
     """Load a Hugging Face model folder and make an engine of it.
 
@@ -30,6 +36,7 @@ def load_engine(
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (float32 on a CPU, as saved on CUDA), ``float32``, ``bfloat16`` or
             ``float16``.
+        pool: of earlier prompts; None keeps none.
 
     Raises:
         ValueError: a folder that holds no causal LM, or one the item tokens do not fit.
@@ -51,14 +58,15 @@ def load_engine(
         )
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{model_dir} holds no causal LM that can be loaded: {error}") from error
-    return build_engine(model.to(device), item_tokens)
+    return build_engine(model.to(device), item_tokens, pool)
 
 
-def build_engine(model: Any, item_tokens: ItemTokens) -> Engine:
+def build_engine(model: Any, item_tokens: ItemTokens, pool: PoolOptions | None = None) -> Engine:
     """An engine around a model that is loaded and on its device.
 
     Raises:
-        ValueError: the vocabulary ends before the item tokens do.
+        ValueError: the vocabulary ends before the item tokens do, or the pool's memory holds not
+            even one page.
     """
     model = _unwrap(model).eval()
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
@@ -67,7 +75,10 @@ def build_engine(model: Any, item_tokens: ItemTokens) -> Engine:
         raise ValueError(
             f"item token ids reach {last}; the model's vocabulary has {vocab_size} entries"
         )
-    return Engine(model, item_tokens, choose_runner(model, item_tokens))
+    runner = choose_runner(model, item_tokens)
+    if pool is not None and isinstance(runner, SharedContextRunner):
+        attach_pool(runner, pool, _TOLERANCE[model.dtype])
+    return Engine(model, item_tokens, runner)
 
 
 def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:

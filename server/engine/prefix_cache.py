@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.engine.kv_pool import check_page_size, pages_for
+from server.engine.types import PrefixCacheStats
 
 _DIGEST_BYTES = 32
 _TOKEN_BYTES = array("q").itemsize
@@ -132,6 +133,17 @@ class PrefixCache:
     def available_pages(self) -> int:
         """Pages that a lease could get: free ones, and idle ones by eviction."""
         return len(self._free) + len(self._idle)
+
+    def stats(self) -> PrefixCacheStats:
+        """Counts of now."""
+        return PrefixCacheStats(
+            queried_tokens=self.counts.queried_tokens,
+            hit_tokens=self.counts.hit_tokens,
+            evictions=self.counts.evictions,
+            pages=self.num_pages,
+            pages_used=self.num_pages - self.free_pages,
+            page_tokens=self.page_size,
+        )
 
     def acquire(self, token_ids: Sequence[int], *, whole: bool = True) -> Lease:
         """Pages for a prompt, the longest cached prefix of it included.

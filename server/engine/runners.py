@@ -18,6 +18,7 @@ from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.context_attention import (
     ATTENTION_NAME,
     BeamKV,
+    CachedPrefix,
     ContextKV,
     decoding,
     prefilling,
@@ -26,6 +27,7 @@ from server.engine.context_attention import (
 from server.engine.head import LevelHead, LevelLogits, level_of_vocab_logits
 from server.engine.packing import PackedRows, model_inputs
 from server.engine.pooled_prompts import PooledPrompts, PromptPool
+from server.engine.prefix_cache import PrefixCache
 from server.engine.prompt_leases import Prompts
 
 
@@ -67,6 +69,11 @@ class DecodeSession(Protocol):
 class Runner(Protocol):
     """Makes a session per batch."""
 
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What is kept of earlier prompts; None where nothing is."""
+        ...
+
     def session(self) -> DecodeSession:
         """A fresh session."""
         ...
@@ -94,9 +101,41 @@ class SharedContextRunner:
         self.item_tokens = item_tokens
         self.device: torch.device = model.device
 
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What is kept of earlier prompts."""
+        return None if self.pool is None else self.pool.cache
+
     def session(self) -> DecodeSession:
         """A fresh session."""
         return _SharedContextSession(self)
+
+    def context_of(self, prompts: Prompts) -> ContextKV:
+        """Keys and values of some prompts, computed anew."""
+        rows = PackedRows.of([len(prompt) for prompt in prompts], [0] * len(prompts))
+        return self.run_prompts(prompts, rows)[0]
+
+    def run_prompts(
+        self, suffixes: Prompts, rows: PackedRows, cached: CachedPrefix | None = None
+    ) -> tuple[ContextKV, Tensor]:
+        """One forward pass of packed prompts.
+
+        Args:
+            suffixes: what of each prompt is not cached.
+            rows: where they lie.
+            cached: keys and values of the positions before.
+
+        Returns:
+            Context KV of the whole prompts, and hidden states (B, 1, H) of their last positions.
+        """
+        context = ContextKV(torch.tensor(rows.lengths, device=self.device))
+        with prefilling(context, rows, cached):
+            hidden = self.decoder(
+                **model_inputs(suffixes, self.embed, self.device),
+                position_ids=rows.positions(self.device),
+                use_cache=False,
+            ).last_hidden_state
+        return context, hidden[0, rows.last(self.device)][:, None]
 
 
 class _SharedContextSession:
@@ -108,23 +147,14 @@ class _SharedContextSession:
         self.cached_tokens: Sequence[int] = ()
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
-        runner, device = self._runner, self._runner.device
-        lengths = [len(prompt) for prompt in prompts]
-        self.cached_tokens, suffixes = [0] * len(prompts), prompts
+        runner = self._runner
+        self.cached_tokens, suffixes, cached = [0] * len(prompts), prompts, None
         if runner.pool is not None:
             self._pooled = runner.pool.lease(prompts)
-            self.cached_tokens = self._pooled.cached_tokens
+            self.cached_tokens, cached = self._pooled.cached_tokens, self._pooled.cached
             suffixes = self._pooled.suffixes(prompts)
-        rows = PackedRows.of(lengths, self.cached_tokens)
-        self._context = ContextKV(torch.tensor(lengths, device=device))
-        cached = None if self._pooled is None else self._pooled.cached
-        with prefilling(self._context, rows, cached):
-            hidden = runner.decoder(
-                **model_inputs(suffixes, runner.embed, device),
-                position_ids=rows.positions(device),
-                use_cache=False,
-            ).last_hidden_state
-        last = hidden[0, rows.last(device)][:, None]
+        rows = PackedRows.of([len(prompt) for prompt in prompts], self.cached_tokens)
+        self._context, last = runner.run_prompts(suffixes, rows, cached)
         return runner.head(last, 0, with_vocab_norm=with_vocab_norm)
 
     def advance(
@@ -166,6 +196,7 @@ class PerBeamRunner:
         self.model = model
         self.item_tokens = item_tokens
         self.device: torch.device = model.device
+        self.prefix_cache: PrefixCache | None = None
 
     def session(self) -> DecodeSession:
         """A fresh session."""

@@ -46,6 +46,27 @@ class BatchOutcome:
     cached_tokens: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixCacheStats:
+    """What has become of the prompts that could have been cached.
+
+    Attributes:
+        queried_tokens: tokens of prompts looked up since the start.
+        hit_tokens: those among them that were cached.
+        evictions: pages given to other prompts since the start.
+        pages: of the pool.
+        pages_used: those that hold something.
+        page_tokens: tokens in a page.
+    """
+
+    queried_tokens: int
+    hit_tokens: int
+    evictions: int
+    pages: int
+    pages_used: int
+    page_tokens: int
+
+
 # Whether nobody waits any more for the answer to the request at this place of the batch.
 HasLeft = Callable[[int], bool]
 
@@ -75,6 +96,11 @@ class SearchEngine(Protocol):
     @property
     def hidden_size(self) -> int:
         """H of the input embeddings that a prompt may be given as."""
+        ...
+
+    @property
+    def prefix_cache(self) -> PrefixCacheStats | None:
+        """What is kept of earlier prompts; None where nothing is. Any thread may read it."""
         ...
 
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> Any:

@@ -23,7 +23,13 @@ from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchHit, SearchRequest, SearchResult, Shortfall
-from server.engine.types import BatchOutcome, EngineFault, HasLeft, nobody_left
+from server.engine.types import (
+    BatchOutcome,
+    EngineFault,
+    HasLeft,
+    PrefixCacheStats,
+    nobody_left,
+)
 from server.release import Release
 
 NUM_ITEMS = 30
@@ -56,6 +62,7 @@ class DummyEngine:
 
     def __init__(self) -> None:
         self.max_prompt_tokens = 64
+        self.prefix_cache: PrefixCacheStats | None = None
         self.vocab_size, self.hidden_size = 24, 8
         self.batches: list[list[SearchRequest]] = []
         self.gate = threading.Event()
