@@ -1,4 +1,4 @@
-"""The command line: ``python -m server serve | proxy | demo | settings-doc``.
+"""The command line: ``python -m server serve | proxy | demo | settings-doc``, and jobs.
 
 Commands import what they need when they run, so that ``--help`` and a refused setting are quick.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from server.flags import proxy_fields, setting_flags, with_setting_flags
+from server.job_commands import add_job_commands
 from server.settings import Settings, SettingsError, load_settings
 
 USAGE_ERROR = 2
@@ -197,6 +198,9 @@ def fail(message: str, code: int) -> NoReturn:
     """End with one message on stderr."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+add_job_commands(app)
 
 
 def main() -> None:

@@ -48,6 +48,16 @@ def proxy_fields() -> dict[SettingField, Sequence[str]]:
     return fields
 
 
+def job_fields() -> dict[SettingField, Sequence[str]]:
+    """Settings that jobs heed; ``--store.path`` is ``--store`` too."""
+    groups = ("store", "jobs", "admin")
+    return {
+        field: ("store",) if field.path == "store.path" else ()
+        for field in setting_fields()
+        if field.path == "log_level" or field.group in groups
+    }
+
+
 def _with_flags(
     command: Callable[..., Any], fields: Mapping[SettingField, Sequence[str]]
 ) -> Callable[..., Any]:

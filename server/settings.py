@@ -278,6 +278,17 @@ class StoreSettings(_Group):
         le=3_600,
         description="Time between two looks at which release is active, in seconds.",
     )
+    keep_last: int = Field(
+        default=5,
+        ge=0,
+        description="Catalogs and releases that jobs leave in the store, beside the active and "
+        "the previous one.",
+    )
+    keep_younger_than_s: float = Field(
+        default=3_600.0,
+        ge=0,
+        description="Age below which jobs leave every catalog and release, in seconds.",
+    )
 
 
 class JobSettings(_Group):

@@ -234,19 +234,23 @@ def open_artifact(path: Path, kind: str, *, verify_checksums: bool = True) -> Ma
     return manifest
 
 
-def remove_partials(root: Path, *, older_than_s: float = 86_400.0) -> list[Path]:
+def remove_partials(
+    root: Path, *, older_than_s: float = 86_400.0, writer: int | None = None
+) -> list[Path]:
     """Remove what killed writers left in ``root``.
 
     Args:
         root: folder of the version folders.
         older_than_s: only those in which nothing was written for so many seconds.
+        writer: only those of the process of this id.
 
     Returns:
         What was removed.
     """
     removed = []
     now = time.time()
-    for partial in sorted(Path(root).glob(f"{PARTIAL_PREFIX}*")):
+    whose = "" if writer is None else f"{writer}-"
+    for partial in sorted(Path(root).glob(f"{PARTIAL_PREFIX}{whose}*")):
         try:
             newest = max(p.lstat().st_mtime for p in (partial, *partial.rglob("*")))
         except FileNotFoundError:

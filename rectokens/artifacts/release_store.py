@@ -13,7 +13,7 @@ at any moment: the active release is always one that was verified whole.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -22,7 +22,12 @@ from typing import Any, Final
 
 from rectokens.artifacts.activation import Activation, next_activation, next_rollback
 from rectokens.artifacts.errors import ArtifactError
-from rectokens.artifacts.manifest import ARTIFACT_KINDS, ArtifactKind, open_artifact
+from rectokens.artifacts.manifest import (
+    ARTIFACT_KINDS,
+    ArtifactKind,
+    open_artifact,
+    remove_partials,
+)
 from rectokens.artifacts.release import ReleaseArtifact, load_release, save_release
 from rectokens.artifacts.retention import (
     RetentionPolicy,
@@ -243,7 +248,11 @@ class ReleaseStore:
         return sorted(found, key=lambda one: (one.created or "", one.version), reverse=True)
 
     def apply_retention(
-        self, policy: RetentionPolicy, *, now: datetime | None = None
+        self,
+        policy: RetentionPolicy,
+        *,
+        now: datetime | None = None,
+        kinds: Collection[ArtifactKind] = ARTIFACT_KINDS,
     ) -> list[StoredVersion]:
         """Remove what a policy lets go.
 
@@ -252,6 +261,7 @@ class ReleaseStore:
         Args:
             policy: what stays.
             now: the time, by default the clock's.
+            kinds: only versions of these are removed.
 
         Returns:
             What was removed.
@@ -274,6 +284,8 @@ class ReleaseStore:
             }
             moment = datetime.now(UTC) if now is None else now
             for one in plan_removal(versions, last_active, policy, moment):
+                if one.kind not in kinds:
+                    continue
                 if self._storage.current() != current:
                     break  # an object store has no lock: the plan may no longer be right
                 self._storage.remove(one.kind, one.version)
@@ -290,6 +302,19 @@ class ReleaseStore:
             What was removed.
         """
         return list(self._storage.clean(older_than_s))
+
+    def clean_after(self, process_id: int) -> list[str]:
+        """Remove what a process of this host left behind that is known to be dead.
+
+        Returns:
+            What was removed.
+        """
+        folders = [self.local.root, *(self.local.folder(kind) for kind in ARTIFACT_KINDS)]
+        return [
+            str(path)
+            for folder in folders
+            for path in remove_partials(folder, older_than_s=0.0, writer=process_id)
+        ]
 
     def _change(
         self, step: Callable[[Activation | None], Activation], expected: ExpectedActive

@@ -71,7 +71,7 @@ def open_embeddings(path: Path, column: str | None = None) -> EmbeddingSource:
     """Open a ``.npy`` file, a ``.parquet`` file, or a folder of ``.parquet`` files.
 
     Args:
-        path: ``.npy`` is memory-mapped: (N, D) of float16, float32 or float64. Parquet is
+        path: ``.npy``: (N, D) of float16, float32 or float64. Parquet is
             streamed: a column of lists (fixed-size or not) of floats; files of a folder are read
             in the order of their names.
         column: of a Parquet file; may be left out where there is only one column of float lists.
@@ -97,7 +97,7 @@ def open_embeddings(path: Path, column: str | None = None) -> EmbeddingSource:
 
 
 class NpyEmbeddings:
-    """A memory-mapped ``.npy`` matrix."""
+    """A ``.npy`` matrix, its shape told by its header."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -124,7 +124,23 @@ class NpyEmbeddings:
         """See :meth:`EmbeddingSource.batches`."""
         require_batch_size(batch_size)
         for start in range(0, self.num_rows, batch_size):
-            yield _finite_rows(self._rows[start : start + batch_size], start, self._path)
+            stop = min(start + batch_size, self.num_rows)
+            yield _finite_rows(self._read(start, stop), start, self._path)
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows by an ordinary read: a mapped file that is cut short kills whoever touches it."""
+        rows = self._rows
+        if not isinstance(rows, np.memmap) or not rows.flags.c_contiguous:
+            return rows[start:stop]
+        width = rows.shape[1]
+        with open(self._path, "rb") as file:
+            file.seek(rows.offset + start * width * rows.itemsize)
+            values = np.fromfile(file, rows.dtype, (stop - start) * width)
+        if values.size != (stop - start) * width:
+            raise ValueError(
+                f"{self._path} ends within rows {start} to {stop - 1}; it was cut short"
+            )
+        return values.reshape(-1, width)
 
 
 class ParquetEmbeddings:
@@ -144,6 +160,11 @@ class ParquetEmbeddings:
         self._dim = len(first[0].as_py() or ())
         if not self._dim:
             raise ValueError(f"{paths[0]}: the first row of {self._column!r} is missing or empty")
+
+    @property
+    def column(self) -> str:
+        """Name of the column."""
+        return self._column
 
     @property
     def dim(self) -> int:
@@ -267,7 +288,12 @@ def _is_list_of(kind: Any, is_wanted: Any) -> bool:
     return is_list and bool(is_wanted(kind.value_type))
 
 
-def _open_parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file to be streamed.
+
+    Raises:
+        ValueError: not such a file.
+    """
     try:
         return pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
@@ -275,18 +301,18 @@ def _open_parquet(path: Path) -> Any:
 
 
 def _read_schema(path: Path) -> Any:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         return file.schema_arrow
 
 
 def _num_rows(path: Path) -> int:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         return int(file.metadata.num_rows)
 
 
 def _column_batches(path: Path, column: str, batch_size: int) -> Iterator[Any]:
     """pyarrow list arrays of at most ``batch_size`` rows."""
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         try:
             for batch in file.iter_batches(batch_size=batch_size, columns=[column]):
                 if len(batch):

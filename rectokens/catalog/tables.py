@@ -49,12 +49,20 @@ def read_table(path: Path, id_column: str | None = None) -> tuple[pl.Series, pl.
             f"{path} has no column {id_column!r}; it has {', '.join(table.columns)}; "
             "name the column of the item ids"
         )
-    ids = table[id_column]
+    return id_strings(table[id_column], path, id_column), table.drop(id_column)
+
+
+def id_strings(ids: pl.Series, path: Path, column: str) -> pl.Series:
+    """Item ids as strings; integers are written out.
+
+    Raises:
+        ValueError: another type; names the file and the column.
+    """
     if ids.dtype.is_integer():
         ids = ids.cast(pl.String)
     if ids.dtype != pl.String:
-        raise ValueError(f"{path}: column {id_column!r} has type {ids.dtype}; expected strings")
-    return ids, table.drop(id_column)
+        raise ValueError(f"{path}: column {column!r} has type {ids.dtype}; expected strings")
+    return ids
 
 
 def read_codes(path: Path, column: str | None = None) -> Tensor:

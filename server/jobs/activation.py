@@ -1,0 +1,137 @@
+"""Activate and roll back, through the gate; and what jobs do with a catalog they have made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectokens.artifacts.activation import Activation
+from rectokens.artifacts.release_store import (
+    ANY_RELEASE,
+    ActivationConflictError,
+    ExpectedActive,
+)
+from server.jobs.context import JobEnvironment, JobReporter
+from server.jobs.gate import ProposedActivation
+from server.jobs.params import ActivateParams, GatedParams, RollbackParams
+from server.jobs.types import JobErrorKind, JobFailure
+
+
+def activate(
+    params: ActivateParams, environment: JobEnvironment, reporter: JobReporter
+) -> dict[str, Any]:
+    """Make a release active, or a catalog with a model.
+
+    Returns:
+        ``release``, ``model``, ``catalog``, ``sequence`` of the activation, ``gate``.
+
+    Raises:
+        JobFailure: the gate blocks it, or another release is active than expected.
+        ArtifactError: a part is missing, damaged, or does not belong to the other.
+    """
+    store = environment.store
+    if params.release is not None:
+        release = params.release
+    else:
+        assert params.catalog is not None
+        if params.model is None:
+            release = store.bind_catalog(params.catalog)
+        else:
+            release = store.bind(params.model, params.catalog)
+    expected = ANY_RELEASE if params.expected_active is None else params.expected_active
+    return activate_release(release, params, environment, reporter, expected=expected)
+
+
+def rollback(
+    params: RollbackParams, environment: JobEnvironment, reporter: JobReporter
+) -> dict[str, Any]:
+    """Go back to the release that was active before.
+
+    Returns:
+        As :func:`activate`.
+
+    Raises:
+        JobFailure: the gate blocks it, or another release is active than expected.
+        ArtifactError: there is nothing to go back to, or it is missing or damaged.
+    """
+    store = environment.store
+    current = store.active()
+    expected = params.expected_active
+    if expected is None and current is not None:
+        expected = current.release  # what the gate is about to compare with
+    report = None
+    if current is not None and current.previous is not None:
+        report = _pass_gate(current.previous, params, environment, reporter)
+    reporter.progress(0.9, "verifying the release")
+    try:
+        record = store.rollback(
+            expected_active=ANY_RELEASE if expected is None else expected, note=params.note
+        )
+    except ActivationConflictError as error:
+        raise JobFailure(JobErrorKind.CONFLICT, str(error)) from error
+    return _outcome(record, environment, report)
+
+
+def activate_release(
+    release: str,
+    params: GatedParams,
+    environment: JobEnvironment,
+    reporter: JobReporter,
+    *,
+    expected: ExpectedActive,
+) -> dict[str, Any]:
+    """Make a release active if the gate lets it pass; see :func:`activate`."""
+    report = _pass_gate(release, params, environment, reporter)
+    reporter.progress(0.9, "verifying the release")
+    try:
+        record = environment.store.activate(release, expected_active=expected, note=params.note)
+    except ActivationConflictError as error:
+        raise JobFailure(
+            JobErrorKind.CONFLICT, f"release {release} is made but was not activated: {error}"
+        ) from error
+    reporter.log(f"release {release} is active, activation {record.sequence}")
+    return _outcome(record, environment, report)
+
+
+def forget_old_versions(environment: JobEnvironment, reporter: JobReporter) -> list[str]:
+    """Remove catalogs and releases that the policy lets go, and tell which."""
+    removed = environment.store.apply_retention(environment.retention, kinds=("release", "catalog"))
+    names = [f"{one.kind} {one.version}" for one in removed]
+    if names:
+        reporter.log(f"removed {', '.join(names)}")
+    return names
+
+
+def _pass_gate(
+    release: str, params: GatedParams, environment: JobEnvironment, reporter: JobReporter
+) -> dict[str, Any] | None:
+    if environment.gate is None:
+        if params.gate is not None:
+            raise JobFailure(
+                JobErrorKind.INVALID_PARAMETERS,
+                "gate options are given, but no activation gate is configured here",
+            )
+        return None
+    store = environment.store
+    with reporter.stage(0.0, 0.9, "trying the release"):
+        report = environment.gate(
+            ProposedActivation(
+                current=store.open_active(),
+                proposed=store.open_release(release),
+                options=params.gate,
+                progress=reporter.progress,
+            )
+        )
+    return None if report is None else dict(report)
+
+
+def _outcome(
+    record: Activation, environment: JobEnvironment, report: dict[str, Any] | None
+) -> dict[str, Any]:
+    opened = environment.store.open_release(record.release)
+    return {
+        "release": record.release,
+        "model": opened.model_version,
+        "catalog": opened.catalog_version,
+        "sequence": record.sequence,
+        "gate": report,
+    }

@@ -1,0 +1,385 @@
+"""Watch over one job: start its process, keep its record, hold it to its limits, clean up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+
+from server.jobs.child import memory_message, run_job
+from server.jobs.ledger import JobLedger
+from server.jobs.owner import Owner
+from server.jobs.places import jobs_folder, open_store
+from server.jobs.types import (
+    MAX_LOG_LINE_CHARS,
+    MAX_LOG_LINES,
+    Job,
+    JobErrorKind,
+    JobFault,
+    JobState,
+    now,
+)
+from server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+_TICK_S = 0.1
+_WRITE_S = 0.5
+_HEARTBEAT_S = 1.0
+_ERRORS_TAIL_BYTES = 8192
+WORK_FOLDER = "work"
+
+OnUpdate = Callable[[Job], None]
+
+
+class Supervisor:
+    """Runs claimed jobs, one after the other; see :meth:`run`.
+
+    Args:
+        settings: of the service.
+        ledger: of the jobs.
+        owner: this process, as the ledger knows it.
+    """
+
+    def __init__(self, settings: Settings, ledger: JobLedger, owner: Owner) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._owner = owner
+
+    def run(
+        self,
+        job: Job,
+        *,
+        ending: threading.Event | None = None,
+        on_update: OnUpdate = lambda job: None,
+    ) -> Job:
+        """Do a job that this process has claimed, in a process of its own.
+
+        Args:
+            job: running, as ``claim`` or ``begin`` gave it.
+            ending: once set, the job is stopped and put back into the queue.
+            on_update: told of every change.
+
+        Returns:
+            The job as it ended.
+        """
+        folder = work_folder(self._settings, job.id)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = _Run(self._settings, self._ledger, self._owner, job, folder, on_update)
+        try:
+            ended = run.to_the_end(ending or threading.Event())
+        finally:
+            clean_up(self._settings, job.id, run.child_pid)
+        on_update(ended)
+        return ended
+
+
+def work_folder(settings: Settings, job_id: str) -> Path:
+    """Folder for what a job writes while it runs."""
+    return jobs_folder(settings) / WORK_FOLDER / job_id
+
+
+def clean_up(settings: Settings, job_id: str, child_pid: int | None) -> list[str]:
+    """Remove what a job left whose process is gone.
+
+    Args:
+        settings: of the service.
+        job_id: of the job.
+        child_pid: of the process on this host that did it, None for none.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    folder = work_folder(settings, job_id)
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        removed.append(str(folder))
+    if child_pid is not None and not psutil.pid_exists(child_pid):
+        removed += open_store(settings).clean_after(child_pid)
+    return removed
+
+
+class _Run:
+    """One attempt of one job."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: JobLedger,
+        owner: Owner,
+        job: Job,
+        folder: Path,
+        on_update: OnUpdate,
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._owner = owner
+        self._job = job
+        self._on_update = on_update
+        self._errors = folder / "errors"
+        self._lines: deque[str] = deque(job.log, MAX_LOG_LINES)
+        self._outcome: dict[str, Any] | None = None
+        self._killed_for: JobFault | None = None
+        self._stop_sent_at: float | None = None
+        self._written_at = self._beat_at = self._asked_at = 0.0
+        self._changed = False
+        self.child_pid: int | None = None
+
+    def to_the_end(self, ending: threading.Event) -> Job:
+        process, connection = self._start()
+        self.child_pid = process.pid
+        self._owner = self._owner.next(process.pid)
+        started = time.monotonic()
+        putting_back = False
+        try:
+            while True:
+                if not self._receive(connection):
+                    process.join(_TICK_S)  # it has closed its end, so it is about to be gone
+                    if not process.is_alive():
+                        break
+                if self._outcome is not None:
+                    break
+                moment = time.monotonic()
+                self._beat(moment)
+                if ending.is_set() and self._stop_sent_at is None:
+                    putting_back = True
+                    self._stop(process, moment)
+                if self._stop_sent_at is None and self._asked_to_stop(moment):
+                    self._say("asked to stop")
+                    self._stop(process, moment)
+                self._enforce(process, moment - started, moment)
+                self._write(moment)
+            process.join(self._settings.jobs.cancel_grace_s + 1.0)
+        finally:
+            if process.is_alive():
+                process.kill()
+                process.join()
+            connection.close()
+        return self._conclude(process.exitcode, putting_back)
+
+    def _start(self) -> tuple[SpawnProcess, Connection]:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        params = self._ledger.params(self._job.id).model_dump_json(exclude_unset=True)
+        process = context.Process(
+            target=run_job,
+            args=(theirs, self._settings, self._job.kind, params.encode(), self._errors),
+            name=f"job-{self._job.id}",
+        )
+        with _threads(self._settings.jobs.threads):
+            process.start()
+        theirs.close()
+        return process, ours
+
+    def _receive(self, connection: Connection) -> bool:
+        """Take in messages for the length of a tick; whether there may be more."""
+        until = time.monotonic() + _TICK_S
+        try:
+            while connection.poll(max(until - time.monotonic(), 0.0)):
+                self._take(json.loads(connection.recv_bytes()))
+                if self._outcome is not None:
+                    break
+        except (EOFError, OSError):
+            return False
+        return True
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "progress" in message:
+            self._change(progress=min(message["progress"], 1.0), message=message["message"])
+        elif "log" in message:
+            self._say(message["log"])
+        else:
+            self._outcome = message
+
+    def _asked_to_stop(self, moment: float) -> bool:
+        if moment - self._asked_at < _WRITE_S:
+            return False
+        self._asked_at = moment
+        try:
+            asked = self._ledger.cancel_requested(self._job)
+        except Exception:
+            _log.warning("job ledger cannot be read", job=self._job.id, exc_info=True)
+            return False
+        if asked:
+            self._change(cancel_requested=True)
+        return asked
+
+    def _stop(self, process: SpawnProcess, moment: float) -> None:
+        self._stop_sent_at = moment
+        process.terminate()
+
+    def _enforce(self, process: SpawnProcess, ran_s: float, moment: float) -> None:
+        """Kill the process where it has gone over a limit."""
+        jobs = self._settings.jobs
+        if self._killed_for is not None:
+            return
+        if self._stop_sent_at is not None and moment - self._stop_sent_at > jobs.cancel_grace_s:
+            self._say(f"did not stop within {jobs.cancel_grace_s:g} s; killed")
+            self._stop_sent_at = moment
+            process.kill()
+        elif ran_s > jobs.time_limit_s:
+            message = (
+                f"the job took longer than it may (jobs.time_limit_s is {jobs.time_limit_s:g})"
+            )
+            self._kill_for(process, JobErrorKind.TIME_LIMIT, message)
+        elif _private_bytes(process.pid) > jobs.memory_limit_gib * 2**30:
+            self._kill_for(
+                process, JobErrorKind.MEMORY_LIMIT, memory_message(jobs.memory_limit_gib)
+            )
+
+    def _kill_for(self, process: SpawnProcess, kind: JobErrorKind, message: str) -> None:
+        self._killed_for = JobFault(type=kind, message=message)
+        self._say(f"killed: {message}")
+        process.kill()
+
+    def _conclude(self, exit_code: int | None, putting_back: bool) -> Job:
+        outcome = self._outcome or {}
+        self._job = self._job.model_copy(update={"log": tuple(self._lines)})
+        if "done" in outcome:
+            return self._finish(JobState.SUCCEEDED, "done", result=outcome["done"])
+        if self._killed_for is not None:
+            return self._fail(self._killed_for)
+        if "failed" in outcome:
+            return self._fail(JobFault.model_validate(outcome["failed"]))
+        if putting_back:
+            return _insist(lambda: self._ledger.put_back(self._job), self._job)
+        if "cancelled" in outcome or self._stop_sent_at is not None:
+            return self._finish(JobState.CANCELLED, "cancelled")
+        return self._died(exit_code)
+
+    def _died(self, exit_code: int | None) -> Job:
+        """The process is gone and has not said why."""
+        tail = _tail(self._errors)
+        for line in tail[-10:]:
+            self._say(line)
+        self._job = self._job.model_copy(update={"log": tuple(self._lines)})
+        text = "\n".join(tail)
+        if "memory allocation of" in text or "bad_alloc" in text or "MemoryError" in text:
+            message = memory_message(self._settings.jobs.memory_limit_gib)
+            return self._fail(JobFault(type=JobErrorKind.MEMORY_LIMIT, message=message))
+        how = f"exit code {exit_code}"
+        if exit_code is not None and exit_code < 0:
+            how = f"signal {signal.Signals(-exit_code).name}"
+            if -exit_code == signal.SIGKILL:
+                how += ", which the system sends when memory runs out"
+        message = f"the job's process died ({how}); restart the job"
+        fault = JobFault(type=JobErrorKind.INTERRUPTED, message=message)
+        return self._finish(JobState.INTERRUPTED, message, error=fault)
+
+    def _fail(self, fault: JobFault) -> Job:
+        return self._finish(JobState.FAILED, fault.message, error=fault)
+
+    def _finish(
+        self,
+        state: JobState,
+        message: str,
+        *,
+        result: dict[str, Any] | None = None,
+        error: JobFault | None = None,
+    ) -> Job:
+        def finish() -> Job:
+            return self._ledger.finish(
+                self._job, state, message=message, result=result, error=error
+            )
+
+        return _insist(finish, self._job)
+
+    def _say(self, line: str) -> None:
+        stamp = now().strftime("%H:%M:%S")
+        self._lines.append(f"{stamp} {line}"[:MAX_LOG_LINE_CHARS])
+        self._change(log=tuple(self._lines))
+
+    def _change(self, **fields: Any) -> None:
+        self._job = self._job.model_copy(update=fields)
+        self._changed = True
+        self._on_update(self._job)
+
+    def _beat(self, moment: float) -> None:
+        if moment - self._beat_at >= _HEARTBEAT_S:
+            self._beat_at = moment
+            self._owner = self._owner.next(self.child_pid)
+            self._to_ledger(lambda: self._ledger.heartbeat(self._job, self._owner))
+
+    def _write(self, moment: float) -> None:
+        if self._changed and moment - self._written_at >= _WRITE_S:
+            self._written_at = moment
+            self._changed = not self._to_ledger(lambda: self._ledger.write(self._job))
+
+    def _to_ledger(self, write: Callable[[], None]) -> bool:
+        """Write; a database that is full or away for a while does not end the job."""
+        try:
+            write()
+        except Exception:
+            _log.warning("job ledger cannot be written", job=self._job.id, exc_info=True)
+            return False
+        return True
+
+
+class _threads:  # noqa: N801 (a context manager, used as a function)
+    """Limit the threads of a process that is started within; its libraries read this once."""
+
+    _NAMES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS")
+    _LOCK = threading.Lock()
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._before: dict[str, str | None] = {}
+
+    def __enter__(self) -> None:
+        self._LOCK.acquire()
+        for name in self._NAMES:
+            self._before[name] = os.environ.get(name)
+            os.environ[name] = str(self._number)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._LOCK.release()
+
+
+def _insist(write: Callable[[], Job], job: Job) -> Job:
+    """Write how a job ended; a minute's trouble with the database must not lose it."""
+    for attempt in range(60):
+        try:
+            return write()
+        except Exception:
+            if attempt == 59:
+                raise
+            _log.warning("end of a job cannot be recorded yet", job=job.id, exc_info=True)
+            time.sleep(1.0)
+    raise AssertionError("unreachable")
+
+
+def _private_bytes(pid: int | None) -> int:
+    """Memory that is a process's own; pages of mapped files come and go as the system likes."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return 0
+    return int(memory.rss) - int(getattr(memory, "shared", 0))
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(path.stat().st_size - _ERRORS_TAIL_BYTES, 0))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
