@@ -57,6 +57,16 @@ class Owner:
             return False
 
 
+def process_is_gone(pid: int) -> bool:
+    """Whether the process of an id has ended, even if nobody has waited for it yet."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+
+
 def _host() -> str:
     """Name of the host and, where there are such, of the space of process ids (containers)."""
     try:

@@ -21,7 +21,7 @@ import structlog
 
 from server.jobs.child import memory_message, run_job
 from server.jobs.ledger import JobLedger
-from server.jobs.owner import Owner
+from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import jobs_folder, open_store
 from server.jobs.types import (
     MAX_LOG_LINE_CHARS,
@@ -108,7 +108,7 @@ def clean_up(settings: Settings, job_id: str, child_pid: int | None) -> list[str
     if folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
         removed.append(str(folder))
-    if child_pid is not None and not psutil.pid_exists(child_pid):
+    if child_pid is not None and process_is_gone(child_pid):
         removed += open_store(settings).clean_after(child_pid)
     return removed
 

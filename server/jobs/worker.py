@@ -13,7 +13,7 @@ import structlog
 
 from server.jobs.lanes import Lane
 from server.jobs.ledger import JobLedger
-from server.jobs.owner import Owner
+from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
 from server.jobs.supervise import Supervisor, clean_up
 from server.jobs.types import Job
@@ -26,6 +26,7 @@ _SWEEP_S = 5.0
 # A worker on another host that gave no sign of life for so long is taken for dead.
 _SILENCE_S = 30.0
 _RETRY_S = 2.0
+_END_S = 5.0
 
 
 class Worker:
@@ -165,7 +166,9 @@ def _end_orphan(pid: int | None, job: Job) -> None:
             process.cmdline()
         ):
             process.kill()
-            process.wait(5.0)
+            until = time.monotonic() + _END_S
+            while not process_is_gone(process.pid) and time.monotonic() < until:
+                time.sleep(0.05)
     except psutil.Error:
         return
 

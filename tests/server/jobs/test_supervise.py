@@ -14,7 +14,7 @@ import pytest
 
 from server.jobs.child import explain
 from server.jobs.ledger import JobLedger
-from server.jobs.owner import Owner
+from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
 from server.jobs.supervise import Supervisor
 from server.jobs.types import Job, JobErrorKind, JobKind, JobState
@@ -246,6 +246,6 @@ def test_the_process_of_a_job_goes_when_its_watcher_is_killed(workplace, tmp_pat
         ledger.close()
     assert (marked.id, marked.state) == (job.id, JobState.INTERRUPTED)
     assert "restart" in marked.message
-    assert not psutil.pid_exists(child)
+    assert process_is_gone(child)
     assert nothing_left(workplace)
     assert os.path.exists(workplace.root / ".jobs" / "jobs.sqlite3")
