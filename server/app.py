@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from server.api import completions, health, models, recommend, score
+from server.api import completions, health, models, recommend, recommend_batch, score
 from server.api.admin.auth import AdminGuard
 from server.api.admin.routers import ADMIN_PATH, UPLOADS_PATH, include_admin
 from server.api.handlers import install_error_handlers
@@ -76,6 +76,7 @@ def create_app(
     app.state.admin_guard = AdminGuard(settings.admin)
     for router in (
         recommend.router,
+        recommend_batch.router,
         score.router,
         completions.router,
         models.router,
@@ -86,6 +87,7 @@ def create_app(
     install_error_handlers(app, service.metrics)
 
     max_bytes_below = {
+        recommend_batch.PATH: settings.limits.max_bulk_body_bytes,
         completions.PATH: settings.limits.max_completion_body_bytes,
         UPLOADS_PATH: settings.admin.max_upload_bytes,
         ADMIN_PATH: settings.admin.max_body_bytes,

@@ -14,6 +14,7 @@ import structlog
 
 from server.batching.batcher import Batcher, QueueLimits
 from server.batching.policy import BatchLimits
+from server.bulk import BulkLane
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 from server.metrics import Metrics
 from server.recommender import Recommendation, Recommender, RecommendQuery
@@ -51,6 +52,7 @@ class Service:
         on_load_failed: called on the event loop if it could not be loaded.
         load_error: why not.
         retired: what is served no more and still in memory.
+        bulk: the way through for requests that come many at a time.
         recent: requests kept to try a new release on.
         active_since_s: Unix time at which the release became active, None before that.
     """
@@ -78,6 +80,7 @@ class Service:
         self._recommender = Recommender(
             self._batcher, batching.prepare_threads, batching.max_queued_embeds
         )
+        self.bulk = BulkLane(batching.max_bulk_in_flight, batching.max_bulk_streams)
         self._load_release = load_release
         self._release: Release | None = None
         self._draining = False

@@ -125,7 +125,9 @@ class LimitSettings(_Group):
     )
     max_allow_items: int = Field(default=10_000, ge=0, description="Most entries of allow_items.")
     max_score_items: int = Field(
-        default=1_000, ge=1, description="Most items that one request may have scored."
+        default=1_000,
+        ge=1,
+        description="Most items that one request may have scored; max_beam_width, if less.",
     )
     max_constraint_sets: int = Field(
         default=8, ge=1, description="Most constraint sets one request may intersect."
@@ -144,6 +146,19 @@ class LimitSettings(_Group):
     )
     max_embeds_tokens: int = Field(
         default=8_192, ge=1, description="Most tokens of one prompt given as embeddings."
+    )
+    max_bulk_requests: int = Field(
+        default=1_000, ge=1, description="Most requests of one /v1/recommend/batch."
+    )
+    max_bulk_body_bytes: int = Field(
+        default=4_194_304,
+        ge=1_024,
+        description="Largest body of /v1/recommend/batch, in bytes; more is a 413.",
+    )
+    bulk_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="Time one /v1/recommend/batch may take, in seconds; what is left then fails.",
     )
     body_timeout_s: float = Field(
         default=10.0,
@@ -177,6 +192,14 @@ class BatchingSettings(_Group):
         ge=1,
         description="Most prompts given as embeddings that are held at once, waiting or running; "
         "one over it is a 429.",
+    )
+    max_bulk_in_flight: int = Field(
+        default=64,
+        ge=1,
+        description="Most requests of all /v1/recommend/batch together that wait or run at once.",
+    )
+    max_bulk_streams: int = Field(
+        default=8, ge=1, description="Most /v1/recommend/batch answered at once; more is a 429."
     )
     prepare_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that turn long requests into prompts."
@@ -532,8 +555,6 @@ class Settings(BaseSettings):
             ("defaults.temperature", "limits.max_temperature"),
             ("defaults.timeout_ms", "limits.max_timeout_ms"),
             ("limits.max_top_k", "limits.max_beam_width"),
-            # Every item that is scored takes a beam.
-            ("limits.max_score_items", "limits.max_beam_width"),
             # Otherwise the widest request that the limits allow could never be queued.
             ("limits.max_beam_width", "batching.max_queued_beam_rows"),
         ):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 from fastapi import FastAPI, Request
@@ -20,6 +21,10 @@ _log = structlog.get_logger(__name__)
 
 _MAX_REPORTED = 5
 _MAX_SHOWN_CHARS = 60
+# The field of a body that holds bodies.
+_MANY = "requests"
+# A field of one of the parts of ``input``.
+_INPUT_PART = re.compile(r"(^|\.)input\.\d+\.")
 
 
 def install_error_handlers(app: FastAPI, metrics: HttpMetrics) -> None:
@@ -63,7 +68,12 @@ def _known_fields(request: Request) -> list[str]:
     """Fields of the body that the request's route takes."""
     body = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(body, "field_info", None), "annotation", None)
-    return list(getattr(model, "model_fields", ()))
+    fields = getattr(model, "model_fields", {})
+    if _MANY in fields:
+        # The only field of such a body; what is misspelt is a field of one of its requests.
+        (model,) = get_args(fields[_MANY].annotation)
+        fields = model.model_fields
+    return list(fields)
 
 
 def _explain(
@@ -113,7 +123,7 @@ def _describe(error: Any, known: Sequence[str]) -> str:
 
 def _unknown_field(param: str, known: Sequence[str]) -> str:
     name = param.rpartition(".")[2]
-    if "." in param:
+    if _INPUT_PART.search(param):
         part = param.rpartition(".")[0]
         known = ["item", "text"]
         if name in known:
@@ -128,6 +138,8 @@ def _param(loc: Sequence[str | int]) -> str | None:
     path = list(loc[1:]) if loc and loc[0] in ("body", "query", "path", "header") else list(loc)
     if not path:
         return None
+    if len(path) > 2 and path[0] == _MANY and isinstance(path[1], int):
+        return f"{_MANY}.{path[1]}.{_param(path[2:])}"
     parts = [str(path[0])]
     index = next((i for i, part in enumerate(path) if isinstance(part, int)), None)
     if index is not None:

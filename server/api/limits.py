@@ -66,7 +66,7 @@ def to_score_query(body: ScoreRequest, settings: Settings, arrival_s: float) -> 
     """
     limits, defaults = settings.limits, settings.defaults
     param = "history" if body.input is None else "input"
-    check_count("items", body.items, limits.max_score_items)
+    check_count("items", body.items, min(limits.max_score_items, limits.max_beam_width))
     check_ids("items", body.items, limits.max_item_id_chars)
     timeout_ms = _bounded("timeout_ms", body.timeout_ms, defaults.timeout_ms, limits.max_timeout_ms)
     items = tuple(dict.fromkeys(body.items))

@@ -57,10 +57,10 @@ async def recommend(body: RecommendRequest, request: Request) -> Response:
     release = service.require_release()
     query = to_query(body, service.settings, arrival_s)
     found = await unless_disconnected(request, service.recommend(query, release))
-    return JSONResponse(_to_wire(found, query, time.monotonic() - arrival_s))
+    return JSONResponse(to_wire(found, query, time.monotonic() - arrival_s))
 
 
-def _to_wire(found: Recommendation, query: RecommendQuery, total_s: float) -> dict[str, Any]:
+def to_wire(found: Recommendation, query: RecommendQuery, total_s: float) -> dict[str, Any]:
     """The body of a ``RecommendResponse``; plain dicts, as wide answers have many."""
     release, prepared, answer = found.release, found.prepared, found.answer
     items = []

@@ -49,6 +49,7 @@ async def test_every_route_documents_its_errors_in_the_one_shape(running):
     paths = {path for path, _, _ in operations}
     assert {path for path in paths if not path.startswith("/admin/")} == {
         "/v1/recommend",
+        "/v1/recommend/batch",
         "/v1/score",
         "/v1/completions",
         "/v1/models",
