@@ -127,7 +127,10 @@ def _resolve(roots: Mapping[str, Path], root_name: str, relative: str) -> Path:
     except ArtifactError as error:
         raise ValueError(str(error)) from error
     root = roots[root_name].resolve()
-    path = (root / relative).resolve(strict=True)
+    try:
+        path = (root / relative).resolve(strict=True)
+    except RuntimeError as error:  # a loop
+        raise ValueError(f"source {relative!r} is a link that leads nowhere") from error
     if not path.is_relative_to(root) or path == root:
         raise ValueError(f"source {relative!r} is a link that leads out of root {root_name!r}")
     return path
