@@ -156,7 +156,7 @@ class CatalogTrie:
         """
         _check_rows(codes, codebook_size)
         order = lexicographic_order(codes, codebook_size)
-        return cls.from_sorted_codes(codes[order], codebook_size), order
+        return cls._of_sorted(codes[order], codebook_size, check_order=False), order
 
     @classmethod
     def from_sorted_codes(cls, codes: Tensor, codebook_size: int) -> CatalogTrie:
@@ -170,33 +170,36 @@ class CatalogTrie:
             ValueError: as :meth:`from_codes`; or a row that comes before the one above it.
         """
         _check_rows(codes, codebook_size)
+        return cls._of_sorted(codes, codebook_size, check_order=True)
+
+    @classmethod
+    def _of_sorted(cls, codes: Tensor, codebook_size: int, *, check_order: bool) -> CatalogTrie:
+        """The trie of rows in order. Waits for a device once a level, for the number of nodes."""
         num_items, num_levels = codes.shape
         device = codes.device
 
         # A prefix of length d starts where any of the first d codes differs from the row above.
         starts = torch.zeros(num_items, dtype=torch.bool, device=device)
-        starts[0] = True
-        level_codes, level_rows, level_first, max_children = [], [], [], []
+        starts[:1] = True
+        level_codes, level_rows, level_first, level_most = [], [], [], []
+        descends = torch.zeros(num_levels, dtype=torch.bool, device=device)
         parents = torch.zeros(1, dtype=torch.long, device=device)
         for level in range(num_levels):
             column = codes[:, level].contiguous()
-            descends = (column[1:] < column[:-1]) & ~starts[1:]
-            if bool(descends.any()):
-                row = int(descends.nonzero()[0, 0]) + 1
-                raise ValueError(
-                    f"codes of row {row} come before those of row {row - 1}; rows must be in "
-                    "lexicographic order"
-                )
+            if check_order:
+                descends[level] = ((column[1:] < column[:-1]) & ~starts[1:]).any()
             starts[1:] |= column[1:] != column[:-1]
             rows = starts.nonzero().squeeze(1)
             level_rows.append(rows)
             # Parents start where children start too, so a running count finds their first child.
             first = (starts.cumsum(0, dtype=torch.int32) - 1)[parents]
-            closing = torch.tensor([rows.numel()], device=device)
-            max_children.append(int(torch.diff(first, append=closing.int()).max()))
+            closing = torch.full((1,), rows.numel(), dtype=torch.int32, device=device)
+            level_most.append(torch.diff(first, append=closing).max())
             level_first.append(first)
             parents = rows
             level_codes.append(column[rows].to(torch.int32).to(torch.int16))
+        if check_order and bool(descends.any()):
+            raise ValueError(_first_descent(codes))
 
         counts = [1] + [rows.numel() for rows in level_rows]
         offsets = [0]
@@ -211,15 +214,33 @@ class CatalogTrie:
             row_ptrs[offsets[level] : offsets[level + 1]] = first + (offsets[level + 1] - 1)
         row_ptrs[-1] = offsets[-1] - 1
 
-        closing = torch.tensor([num_items], device=device)
+        leaf_item_ptrs = torch.empty(counts[-1] + 1, dtype=torch.int32, device=device)
+        leaf_item_ptrs[:-1] = level_rows[-1]
+        leaf_item_ptrs[-1] = num_items
         return cls(
             row_ptrs=row_ptrs,
             codes=torch.cat(level_codes),
-            leaf_item_ptrs=torch.cat([level_rows[-1], closing]).to(torch.int32),
+            leaf_item_ptrs=leaf_item_ptrs,
             level_offsets=tuple(offsets),
             codebook_size=codebook_size,
-            max_children=tuple(max_children),
+            max_children=tuple(torch.stack(level_most).tolist()),
         )
+
+
+def _first_descent(codes: Tensor) -> str:
+    """What to say of rows that are not in lexicographic order."""
+    tied = torch.ones(codes.shape[0] - 1, dtype=torch.bool, device=codes.device)
+    for level in range(codes.shape[1]):
+        before, after = codes[:-1, level], codes[1:, level]
+        rows = (tied & (after < before)).nonzero()
+        if rows.numel() > 0:
+            break
+        tied &= after == before
+    row = int(rows[0, 0]) + 1
+    return (
+        f"codes of row {row} come before those of row {row - 1}; rows must be in "
+        "lexicographic order"
+    )
 
 
 def _check_rows(codes: Tensor, codebook_size: int) -> None:
@@ -230,7 +251,7 @@ def _check_rows(codes: Tensor, codebook_size: int) -> None:
         raise ValueError("codes have no rows; a catalog needs at least one item")
     if not 1 <= codebook_size <= _UINT16:
         raise ValueError(f"codebook_size is {codebook_size}; allowed are 1 to {_UINT16}")
-    low, high = int(codes.min()), int(codes.max())
+    low, high = torch.stack(codes.aminmax()).tolist()
     if low < 0 or high >= codebook_size:
         raise ValueError(
             f"codes span {low} to {high}; allowed are 0 to {codebook_size - 1} "

@@ -199,7 +199,7 @@ def _sorted_rows(sem_ids: Tensor, vocab_size: int) -> Tensor:
     ids = sem_ids.long()
     if ids.shape[0] == 0:
         return ids
-    low, high = int(ids.min()), int(ids.max())
+    low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(_outside(low, high, vocab_size))
     return ids[lexicographic_order(ids, vocab_size)]
