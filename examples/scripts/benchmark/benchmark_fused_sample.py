@@ -5,7 +5,9 @@
 Arms: ``fused_sample`` and ``fused_topk``, the ops; ``sparse_pytorch_sample``, compiled sparse
 linear, softmax and multinomial; ``sparse_pytorch_topk``, compiled sparse linear and ``torch.topk``.
 Draws must be children, top-k values those of the reference, before anything is timed. ``ms_`` is
-graph replay, ``event_ms_`` the time between events.
+graph replay; in the table of details ``event_ms_`` is the time between events, ``floor_ms_product``
+what gathering and multiplying the children's weights once takes in the same run, and
+``times_floor_`` how many times that an op takes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from rectokens.ops.constrained_node_transition import (
 from rectokens.schemas.state import ConstraintState
 
 ALGORITHMS = ("fused_sample", "sparse_pytorch_sample", "fused_topk", "sparse_pytorch_topk")
+FUSED = ("fused_sample", "fused_topk")
 PAIRS = {
     "speedup_fused_vs_sparse_pytorch_sample": ("sparse_pytorch_sample", "fused_sample"),
     "speedup_fused_topk_vs_sparse_pytorch_topk": ("sparse_pytorch_topk", "fused_topk"),
@@ -97,13 +100,18 @@ def measure(rows: int, vocab: int, options: argparse.Namespace) -> dict[str, Any
     for column, (slow, fast) in PAIRS.items():
         line[column] = timing.ratio(line.get(f"ms_{slow}"), line.get(f"ms_{fast}"))
     line["k"] = k
+    line |= timing.floors(a, weight, torch.arange(allowed, device=device), None, device)
+    for name in FUSED:
+        line[f"times_floor_{name}"] = timing.ratio(line.get(f"ms_{name}"), line["floor_ms_product"])
     return line
 
 
-def columns_of(algorithms: Sequence[str]) -> list[str]:
-    """The contract's columns, then event times and the k that was used."""
-    times = [f"ms_{name}" for name in algorithms]
-    return ["B", "N", *times, *PAIRS, *(f"event_ms_{name}" for name in algorithms), "k"]
+def columns_of(algorithms: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The columns of the table, and those that its details add: event times, floors, k."""
+    floors = ["floor_ms_product", "floor_ms_product_bf16"]
+    details = [*(f"event_ms_{name}" for name in algorithms), "k", *floors]
+    details += [f"times_floor_{name}" for name in FUSED]
+    return ["B", "N", *(f"ms_{name}" for name in algorithms), *PAIRS], details
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -133,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for vocab in options.vocabs:
             lines.append(measure(rows, vocab, options))
             print("  ".join(f"{name}={value}" for name, value in lines[-1].items()))
-    columns = columns_of(options.algorithms)
-    timing.write_csv(options.out / "bench_fused_sample.csv", columns, lines)
+    columns, details = columns_of(options.algorithms)
+    timing.write_tables(options.out, "bench_fused_sample", columns, details, lines)
     timing.heatmaps(options.out / "bench_fused_sample.png", lines, "N", "B", list(PAIRS))
     return lines
 

@@ -5,7 +5,8 @@
 One table for each N, the codebook's rows. Both ops must agree with float64 on every row whose two
 best distances differ by more than float32 rounding, or nothing is timed; for the other arms the
 share of such rows is printed. ``ms_`` is graph replay (events for FAISS, which cannot be
-captured), ``event_ms_`` the time between events.
+captured); in the table of details ``event_ms_`` is the time between events, ``floor_ms`` what
+reading x once and writing its codes takes at the measured copy rate.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ def agreement(codes: Tensor, x: Tensor, codebook: Tensor) -> float:
     return right / decided if decided else 1.0
 
 
-def measure(rows: int, dim: int, num_codes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table.
+def measure(
+    rows: int, dim: int, num_codes: int, options: argparse.Namespace, rate: float
+) -> dict[str, Any]:
+    """One line of the table; ``rate`` in bytes a second.
 
     Raises:
         RuntimeError: an op of the library is not exact.
@@ -91,14 +94,15 @@ def measure(rows: int, dim: int, num_codes: int, options: argparse.Namespace) ->
         line[f"agreement_{name}"] = round(share, 6)
     for column, (slow, fast) in PAIRS.items():
         line[column] = timing.ratio(line.get(f"ms_{slow}"), line.get(f"ms_{fast}"))
+    line["floor_ms"] = round((4 * rows * dim + 8 * rows) / rate * 1000, 5)
     return line
 
 
-def columns_of(algorithms: Sequence[str]) -> list[str]:
-    """The contract's columns, then event times and agreement with float64."""
+def columns_of(algorithms: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The columns of the table, and those that its details add."""
     times = [f"ms_{name}" for name in algorithms]
     more = [f"{kind}_{name}" for kind in ("event_ms", "agreement") for name in algorithms]
-    return ["B", "D", "BN", *times, *PAIRS, *more]
+    return ["B", "D", "BN", *times, *PAIRS], [*more, "floor_ms"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,16 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Check, measure, print, write."""
     options = parse(arguments)
     device = timing.device_of(options.device)
-    print(timing.describe(device))
+    rate = timing.rate_of(device, copy=True)
+    print(f"{timing.describe(device)}, copy {rate / 1e9:.0f} GB/s")
     everything = []
     for num_codes in options.codes:
         lines = []
         for rows in options.batches:
             for dim in options.dims:
-                lines.append(measure(rows, dim, num_codes, options))
+                lines.append(measure(rows, dim, num_codes, options, rate))
                 print("  ".join(f"{name}={value}" for name, value in lines[-1].items()))
         stem = f"bench_nn_quantize_N{num_codes}"
-        timing.write_csv(options.out / f"{stem}.csv", columns_of(options.algorithms), lines)
+        timing.write_tables(options.out, stem, *columns_of(options.algorithms), lines)
         timing.heatmaps(options.out / f"{stem}.png", lines, "D", "B", list(PAIRS))
         everything += lines
     return everything

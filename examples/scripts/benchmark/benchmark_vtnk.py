@@ -5,9 +5,10 @@
 Arms: ``fused``, the fused linear op; ``kernel``, a product and the transition op; ``pytorch``,
 compiled Linear and ``vtnk_pytorch``; ``sparse_pytorch``, compiled ``sparse_linear_pytorch``;
 ``trie_cpu`` (only if named), a walk of a Python trie to a mask, not at the largest B or V. Every
-arm is compared with the reference before it is timed. ``ms_`` is graph replay, ``event_ms_`` the
-time between events; ``floor_ms_write`` is what writing the (B, N) logits takes at the measured
-fill rate.
+arm is compared with the reference before it is timed. ``ms_`` is graph replay; in the table of
+details ``event_ms_`` is the time between events, ``floor_ms_`` what writing the (B, N) logits, and
+gathering and multiplying the children's weights once, take in the same run, and ``times_floor``
+how many times the larger of the two ``fused`` takes.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def check(
         raise RuntimeError(f"{name}: logits differ from the reference")
 
 
-def measure(rows: int, vocab: int, options: argparse.Namespace, fill: float) -> dict[str, Any]:
+def measure(rows: int, vocab: int, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
     device = torch.device(options.device)
     state, allowed = root_state(rows, vocab, options.sparsity, device)
@@ -125,20 +126,19 @@ def measure(rows: int, vocab: int, options: argparse.Namespace, fill: float) -> 
             line[f"speedup_fused_vs_{name}"] = timing.ratio(
                 line.get(f"ms_{name}"), line.get("ms_fused")
             )
-    line["floor_ms_write"] = round(4 * rows * vocab / fill * 1000, 5)
+    line |= timing.floors(a, weight, torch.arange(allowed, device=device), vocab, device)
+    floor = max(line["floor_ms_write"], line["floor_ms_product"])
+    line["times_floor"] = timing.ratio(line.get("ms_fused"), floor)
     return line
 
 
-def columns_of(algorithms: Sequence[str]) -> list[str]:
-    """The contract's columns, then event times and the floor."""
-    return [
-        "B",
-        "N",
-        *(f"ms_{name}" for name in algorithms),
-        *(f"speedup_fused_vs_{name}" for name in algorithms if name != "fused"),
-        *(f"event_ms_{name}" for name in algorithms),
-        "floor_ms_write",
-    ]
+def columns_of(algorithms: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The columns of the table, and those that its details add."""
+    times = [f"ms_{name}" for name in algorithms]
+    ratios = [f"speedup_fused_vs_{name}" for name in algorithms if name != "fused"]
+    floors = [f"floor_ms_{name}" for name in ("write", "product", "product_bf16")]
+    details = [*(f"event_ms_{name}" for name in algorithms), *floors, "times_floor"]
+    return ["B", "N", *times, *ratios], details
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -161,15 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Check, measure, print, write."""
     options = parse(arguments)
     device = timing.device_of(options.device)
-    fill = timing.rate_of(device, copy=False)
-    print(f"{timing.describe(device)}, fill {fill / 1e9:.0f} GB/s, H={options.hidden}")
+    print(f"{timing.describe(device)}, H={options.hidden}, {options.dtype}")
     lines = []
     for rows in options.batches:
         for vocab in options.vocabs:
-            lines.append(measure(rows, vocab, options, fill))
+            lines.append(measure(rows, vocab, options))
             print("  ".join(f"{name}={value}" for name, value in lines[-1].items()))
-    columns = columns_of(options.algorithms)
-    timing.write_csv(options.out / "bench_vtnk.csv", columns, lines)
+    columns, details = columns_of(options.algorithms)
+    timing.write_tables(options.out, "bench_vtnk", columns, details, lines)
     ratios = [name for name in columns if name.startswith("speedup")]
     shown = ratios or [f"ms_{options.algorithms[0]}"]
     timing.heatmaps(options.out / "bench_vtnk.png", lines, "N", "B", shown)

@@ -10,10 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 WARMUP_MS = 25
 REPEAT_MS = 100
@@ -105,6 +107,51 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
+
+
+def write_tables(
+    folder: Path,
+    stem: str,
+    columns: Sequence[str],
+    details: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """``<stem>.csv`` with ``columns``, and ``<stem>_details.csv`` with everything."""
+    picked = [{name: row.get(name, "") for name in columns} for row in rows]
+    write_csv(folder / f"{stem}.csv", columns, picked)
+    write_csv(folder / f"{stem}_details.csv", [*columns, *details], rows)
+
+
+def floors(
+    a: Tensor, weight: Tensor, tokens: Tensor, width: int | None, device: torch.device
+) -> dict[str, float]:
+    """What no form of the same work can do without, measured here, milliseconds.
+
+    Args:
+        a: (B, H).
+        weight: (V, H).
+        tokens: int64 (M,), children of all rows.
+        width: V where logits (B, V) must be written, else None.
+        device: of all tensors.
+
+    Returns:
+        ``floor_ms_product``: the children's weight rows gathered once and multiplied, in the dtype
+        of ``a``; ``floor_ms_product_bf16``: in bfloat16; ``floor_ms_write``, with a width: -inf
+        into (B, V) float32.
+    """
+    found = {}
+    for name, dtype in (("product", a.dtype), ("product_bf16", torch.bfloat16)):
+        left, right = a.to(dtype), weight.to(dtype)
+        taken = time_call(partial(_gather_product, left, right, tokens), device)
+        found[f"floor_ms_{name}"] = round(taken.graph, 5)
+    if width is not None:
+        out = torch.empty(a.shape[0], width, device=device)
+        found["floor_ms_write"] = round(time_call(partial(out.fill_, -math.inf), device).graph, 5)
+    return found
+
+
+def _gather_product(a: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    return a @ weight.index_select(0, tokens).T
 
 
 def heatmaps(

@@ -31,55 +31,63 @@ SMALL = {
 
 
 def run(module, folder, *more):
+    """Lines of the table and, where there is one, of the table of details."""
     module.main(["--device", "cpu", "--out", str(folder), *SMALL[module], *more])
-    with next(folder.glob("*.csv")).open() as file:
-        return list(csv.DictReader(file))
+    tables = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open() as file:
+            tables.append(list(csv.DictReader(file)))
+    return tables
 
 
 def test_vtnk(tmp_path):
-    lines = run(benchmark_vtnk, tmp_path)
+    lines, details = run(benchmark_vtnk, tmp_path)
     assert (tmp_path / "bench_vtnk.csv").exists()
     assert [(line["B"], line["N"]) for line in lines] == [("2", "40"), ("4", "40")]
-    assert list(lines[0])[:9] == [
+    assert list(lines[0]) == [
         *("B", "N", "ms_fused", "ms_kernel", "ms_pytorch", "ms_sparse_pytorch"),
         *("speedup_fused_vs_kernel", "speedup_fused_vs_pytorch"),
         "speedup_fused_vs_sparse_pytorch",
     ]
     assert all(float(line["ms_fused"]) > 0 for line in lines)
+    for line in details:
+        floor = max(float(line["floor_ms_write"]), float(line["floor_ms_product"]))
+        assert float(line["times_floor"]) == pytest.approx(float(line["ms_fused"]) / floor, rel=0.2)
 
 
 def test_vtnk_with_the_opt_in_arm_at_one_size(tmp_path):
     more = ["--algorithms", "fused", "trie_cpu", "--batches", "3"]
-    lines = run(benchmark_vtnk, tmp_path, *more)
+    lines, _ = run(benchmark_vtnk, tmp_path, *more)
     assert float(lines[0]["ms_trie_cpu"]) > 0
     assert "ms_kernel" not in lines[0]
 
 
 def test_fused_sample(tmp_path):
-    lines = run(benchmark_fused_sample, tmp_path)
+    lines, details = run(benchmark_fused_sample, tmp_path)
     assert (tmp_path / "bench_fused_sample.csv").exists()
-    assert list(lines[0])[:8] == [
+    assert list(lines[0]) == [
         *("B", "N", "ms_fused_sample", "ms_sparse_pytorch_sample", "ms_fused_topk"),
         *("ms_sparse_pytorch_topk", "speedup_fused_vs_sparse_pytorch_sample"),
         "speedup_fused_topk_vs_sparse_pytorch_topk",
     ]
     # Three of 300 tokens are allowed: k is capped.
-    assert lines[0]["k"] == "3"
+    assert details[0]["k"] == "3"
+    assert float(details[0]["times_floor_fused_topk"]) > 0
 
 
 def test_nn_quantize(tmp_path):
-    lines = run(benchmark_nn_quantize, tmp_path)
+    lines, details = run(benchmark_nn_quantize, tmp_path)
     assert (tmp_path / "bench_nn_quantize_N5.csv").exists()
-    assert list(lines[0])[:12] == [
+    assert list(lines[0]) == [
         *("B", "D", "BN", "ms_quantize_fwd", "ms_quantize_fwd_mm", "ms_cdist_compiled"),
         *("ms_faiss_search", "speedup_fwd_vs_mm", "speedup_fwd_vs_cdist", "speedup_mm_vs_cdist"),
         *("speedup_fwd_vs_faiss", "speedup_mm_vs_faiss"),
     ]
-    assert {line["agreement_quantize_fwd"] for line in lines} == {"1.0"}
+    assert {line["agreement_quantize_fwd"] for line in details} == {"1.0"}
 
 
 def test_serving(tmp_path):
-    lines = run(benchmark_constrained_serving, tmp_path)
+    (lines,) = run(benchmark_constrained_serving, tmp_path)
     assert [line["algorithm"] for line in lines] == ["fused", "topk", "sample", "sparse_pytorch"]
     assert all(float(line["floor_ms"]) > 0 and line["M"] == "9" for line in lines)
 
