@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import structlog
@@ -71,7 +72,8 @@ def run_service(
         service.on_load_failed = server.end
         service.on_ready = lambda: on_ready(base_url)
 
-    serve_app(app, settings, listener, drain, on_server)
+    with _worker(settings, link):
+        serve_app(app, settings, listener, drain, on_server)
     code = 0
     if service.load_error is not None:
         _report(service.load_error)
@@ -84,6 +86,22 @@ def run_service(
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+@contextmanager
+def _worker(settings: Settings, link: StoreLink | None) -> Iterator[None]:
+    """Jobs are run beside the service while it serves, if that is wanted."""
+    if link is None or not settings.jobs.start_worker:
+        yield
+        return
+    from server.jobs.worker_process import WorkerProcess
+
+    worker = WorkerProcess(settings)
+    worker.start()
+    try:
+        yield
+    finally:
+        worker.stop()
 
 
 def serve_app(

@@ -13,7 +13,7 @@ from rectokens.artifacts.release_store import (
 from server.jobs.context import JobEnvironment, JobReporter
 from server.jobs.gate import ProposedActivation
 from server.jobs.params import ActivateParams, GatedParams, RollbackParams
-from server.jobs.types import JobErrorKind, JobFailure
+from server.jobs.types import JobCancelledError, JobErrorKind, JobFailure
 
 
 def activate(
@@ -22,7 +22,8 @@ def activate(
     """Make a release active, or a catalog with a model.
 
     Returns:
-        ``release``, ``model``, ``catalog``, ``sequence`` of the activation, ``gate``.
+        ``release``, ``model``, ``catalog``, ``sequence`` of the activation; ``gate``, its report;
+        ``servers``, which of them serve the release by now.
 
     Raises:
         JobFailure: the gate blocks it, or another release is active than expected.
@@ -68,7 +69,7 @@ def rollback(
         )
     except ActivationConflictError as error:
         raise JobFailure(JobErrorKind.CONFLICT, str(error)) from error
-    return _outcome(record, environment, report)
+    return _outcome(record, environment, reporter, report)
 
 
 def activate_release(
@@ -89,7 +90,7 @@ def activate_release(
             JobErrorKind.CONFLICT, f"release {release} is made but was not activated: {error}"
         ) from error
     reporter.log(f"release {release} is active, activation {record.sequence}")
-    return _outcome(record, environment, report)
+    return _outcome(record, environment, reporter, report)
 
 
 def forget_old_versions(environment: JobEnvironment, reporter: JobReporter) -> list[str]:
@@ -118,20 +119,34 @@ def _pass_gate(
                 current=store.open_active(),
                 proposed=store.open_release(release),
                 options=params.gate,
-                progress=reporter.progress,
+                reporter=reporter,
             )
         )
     return None if report is None else dict(report)
 
 
 def _outcome(
-    record: Activation, environment: JobEnvironment, report: dict[str, Any] | None
+    record: Activation,
+    environment: JobEnvironment,
+    reporter: JobReporter,
+    report: dict[str, Any] | None,
 ) -> dict[str, Any]:
     opened = environment.store.open_release(record.release)
+    servers = None
+    if environment.follow is not None:
+        # It is active by now, whoever has seen it: nothing here may make the job fail.
+        try:
+            reporter.progress(0.95, "waiting for the serving processes to follow")
+            servers = environment.follow(record.release, reporter)
+        except JobCancelledError:
+            reporter.log("not waiting for the serving processes: asked to stop")
+        except Exception as error:
+            reporter.log(f"cannot tell which processes serve it: {type(error).__name__}: {error}")
     return {
         "release": record.release,
         "model": opened.model_version,
         "catalog": opened.catalog_version,
         "sequence": record.sequence,
         "gate": report,
+        "servers": servers,
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rectokens.artifacts.release_store import ReleaseStore
 from rectokens.artifacts.retention import RetentionPolicy
@@ -30,6 +30,7 @@ class JobEnvironment:
         batch_size: embeddings encoded at a time.
         device: where to compute, ``cpu`` or ``cuda``.
         gate: tried before a release is activated, None for none.
+        follow: called after that with the release; waits until it is served and tells by whom.
     """
 
     store: ReleaseStore
@@ -39,6 +40,7 @@ class JobEnvironment:
     batch_size: int = 8192
     device: str = "cpu"
     gate: Gate | None = None
+    follow: Callable[[str, JobReporter], list[dict[str, Any]]] | None = None
 
 
 def environment_of(settings: Settings) -> JobEnvironment:
@@ -47,10 +49,13 @@ def environment_of(settings: Settings) -> JobEnvironment:
     Raises:
         SettingsError: no store is named.
         ArtifactError: it cannot be opened.
+        BackendError: the database of the jobs cannot be used.
     """
-    from server.jobs.places import open_store, source_roots
+    from server.jobs.places import open_board, open_store, source_roots
+    from server.jobs.rehearse import ServingProcesses
 
     jobs = settings.jobs
+    serving = ServingProcesses(open_board(settings))
     return JobEnvironment(
         store=open_store(settings),
         roots=source_roots(settings),
@@ -58,6 +63,8 @@ def environment_of(settings: Settings) -> JobEnvironment:
         retention=RetentionPolicy(settings.store.keep_last, settings.store.keep_younger_than_s),
         batch_size=jobs.batch_size,
         device="cuda" if jobs.gpu_share else "cpu",
+        gate=serving.try_release,
+        follow=serving.follow,
     )
 
 

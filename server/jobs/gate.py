@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rectokens.artifacts.release import ReleaseArtifact
+
+if TYPE_CHECKING:
+    from server.jobs.context import JobReporter
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,14 +20,13 @@ class ProposedActivation:
         current: the active one, None for none.
         proposed: the one to take its place.
         options: of the request, None for the defaults.
-        progress: to be told the share done (0 to 1) and what is going on; raises if the job is
-            to stop.
+        reporter: of the job.
     """
 
     current: ReleaseArtifact | None
     proposed: ReleaseArtifact
     options: Mapping[str, Any] | None
-    progress: Callable[[float, str], None]
+    reporter: JobReporter
 
 
 class Gate(Protocol):

@@ -45,7 +45,8 @@ def publish_catalog(
 
     Returns:
         ``catalog``, ``items``, ``leaves``, ``tokenizer``; ``release`` and ``model``, or
-        ``not_released`` with the reason; ``activated``, ``sequence`` and ``gate``; ``removed``,
+        ``not_released`` with the reason; ``activated``, and as of an activation
+        ``sequence``, ``gate`` and ``servers``; ``removed``,
         old versions that were let go; ``seconds``.
 
     Raises:
@@ -76,7 +77,8 @@ def publish_catalog(
         assert release is not None
         with reporter.stage(0.5, 1.0, "activating the release"):
             outcome = activate_release(release, params, environment, reporter, expected=expected)
-        result |= {"activated": True, "sequence": outcome["sequence"], "gate": outcome["gate"]}
+        told = {name: outcome[name] for name in ("sequence", "gate", "servers")}
+        result |= {"activated": True, **told}
     result["removed"] = forget_old_versions(environment, reporter)
     result["seconds"] = {
         "save": round(saved_s, 3),

@@ -284,7 +284,7 @@ def test_the_gate(workplace):
 
     def gate(activation: ProposedActivation) -> dict[str, Any]:
         seen.append(activation)
-        activation.progress(0.5, "halfway")
+        activation.reporter.progress(0.5, "halfway")
         if activation.options == {"block": True}:
             raise JobFailure(JobErrorKind.GATE, "overlap is 0.1; at least 0.5 is needed")
         return {"overlap": 0.9}
@@ -302,7 +302,27 @@ def test_the_gate(workplace):
     assert run(environment, "rollback")["gate"] == {"overlap": 0.9}
     assert seen[-1].proposed.manifest.version == before.release
     with pytest.raises(JobFailure, match="no activation gate is configured"):
-        run(workplace.environment(), "activate", release=result["release"], gate={"block": True})
+        run(
+            workplace.environment(gate=None),
+            "activate",
+            release=result["release"],
+            gate={"block": True},
+        )
+
+
+def test_the_gate_of_a_store_that_nobody_serves(workplace):
+    environment = workplace.environment()
+    before = environment.store.active()
+    for gate, kind, message in (
+        ({"min_overlap": 2.0}, JobErrorKind.INVALID_PARAMETERS, "gate.min_overlap"),
+        ({"min_overlap": 0.5}, JobErrorKind.GATE, "no serving process is there to replay"),
+    ):
+        with pytest.raises(JobFailure, match=message) as error:
+            run(environment, "update_items", deletes=["W0"], gate=gate)
+        assert error.value.kind is kind
+        assert environment.store.active() == before
+    result = run(environment, "update_items", deletes=["W0"])
+    assert (result["gate"], result["servers"]) == (None, [])
 
 
 def test_an_activation_meanwhile_is_not_undone(workplace):
