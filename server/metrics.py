@@ -17,6 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from server.prefix_cache_metrics import PrefixCacheCollector
+
 if TYPE_CHECKING:
     from rectokens.artifacts.activation import Activation
     from server.batching.batcher import Batcher
@@ -169,6 +171,9 @@ class Metrics(HttpMetrics):
             "rectokens_jobs", "Jobs that are remembered, by state.", ["state"], registry=registry
         )
 
+        self._prefix_cache = PrefixCacheCollector()
+        registry.register(self._prefix_cache)
+
     def watch_queue(self, batcher: Batcher) -> None:
         """Report the batcher's queue depth whenever the metrics are read."""
         self._queued_requests.set_function(lambda: batcher.queued_requests)
@@ -184,6 +189,7 @@ class Metrics(HttpMetrics):
             tokenizer_fingerprint=release.spec.tokenizer_fingerprint,
         ).set(1)
         self._catalog_items.set(release.catalog.num_items)
+        self._prefix_cache.watch(release.engine)
         made_s = release.catalog_created_s
         if made_s is not None:
             self._catalog_age.set_function(lambda: time.time() - made_s)

@@ -189,14 +189,25 @@ def _load_model(
     from transformers.utils import logging as transformers_logging
 
     from server.engine.loading import load_engine
+    from server.engine.pool_setup import PoolOptions
 
     # Its bars would stand between the log's JSON lines.
     transformers_logging.disable_progress_bar()
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     prompts = prompt_builder(model.spec.prompt, model.spec.item_tokens, text_tokenizer)
+    memory_mib = settings.engine.kv_memory_mib
+    pool = PoolOptions(
+        memory_bytes=None if memory_mib is None else memory_mib << 20,
+        page_tokens=settings.engine.kv_page_tokens,
+        model_version=model.manifest.version,
+    )
     engine = load_engine(
-        model.path, model.spec.item_tokens, device=settings.device, dtype=settings.dtype
+        model.path,
+        model.spec.item_tokens,
+        device=settings.device,
+        dtype=settings.dtype,
+        pool=pool if settings.engine.prefix_cache else None,
     )
     return engine, prompts
 

@@ -206,6 +206,28 @@ class BatchingSettings(_Group):
     )
 
 
+class EngineSettings(_Group):
+    """How the model is run."""
+
+    prefix_cache: bool = Field(
+        default=True,
+        description="Whether keys and values of prompts are kept, so that a prompt that begins "
+        "as an earlier one is computed from there on only.",
+    )
+    kv_memory_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for keys and values of prompts, in MiB; unset is 512 on a CPU, on a "
+        "GPU 40 % of what is free once the weights are loaded.",
+    )
+    kv_page_tokens: int = Field(
+        default=16,
+        ge=16,
+        multiple_of=16,
+        description="Tokens in a page of keys and values; prompts are kept by whole pages.",
+    )
+
+
 class HttpSettings(_Group):
     """Connections and browsers."""
 
@@ -539,6 +561,7 @@ class Settings(BaseSettings):
     defaults: DefaultSettings = DefaultSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    engine: EngineSettings = EngineSettings()
     http: HttpSettings = HttpSettings()
     proxy: ProxySettings = ProxySettings()
     store: StoreSettings = StoreSettings()

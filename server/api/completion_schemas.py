@@ -150,12 +150,22 @@ class CompletionChoice(StrictResponse):
     item: CompletionItem
 
 
+class PromptTokensDetails(StrictResponse):
+    """What the prompt tokens were."""
+
+    cached_tokens: int
+
+
 class CompletionUsage(StrictResponse):
     """Tokens of all prompts and of all choices."""
 
     prompt_tokens: int
+    cached_tokens: int = Field(description="As in /v1/recommend, all prompts together.")
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = Field(
+        description="The same where OpenAI's clients look for it."
+    )
 
 
 class PromptReport(StrictResponse):

@@ -199,6 +199,7 @@ def _to_wire(
         for rank, item in enumerate(one.items)
     ]
     prompt_tokens = sum(one.prepared.search.prompt_length for one in found)
+    cached_tokens = sum(one.answer.cached_tokens for one in found)
     completion_tokens = len(choices) * item_tokens.num_levels
     return {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -208,8 +209,10 @@ def _to_wire(
         "choices": choices,
         "usage": {
             "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         },
         "rectokens": {
             "model_version": release.model_version,

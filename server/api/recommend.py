@@ -17,7 +17,7 @@ from server.api.schemas import RecommendRequest, RecommendResponse
 from server.api.strict_json import StrictJsonRoute
 from server.batching.interfaces import Answer
 from server.errors import ErrorKind
-from server.recommender import PreparedSearch, Recommendation, RecommendQuery
+from server.recommender import Recommendation, RecommendQuery
 
 router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
 
@@ -85,18 +85,20 @@ def to_wire(found: Recommendation, query: RecommendQuery, total_s: float) -> dic
         "shortfall": shortfall and {"reason": shortfall.reason, "returned": shortfall.returned},
         "unknown_items": prepared.unknown_items,
         "seed": prepared.search.seed if query.temperature > 0 else None,
-        "usage": usage(prepared),
+        "usage": usage(found),
         "timings": timings(answer, total_s),
     }
 
 
-def usage(prepared: PreparedSearch) -> dict[str, int]:
+def usage(found: Recommendation) -> dict[str, int]:
     """The body of ``Usage``."""
+    prompt = found.prepared.prompt
     return {
-        "prompt_tokens": len(prepared.prompt.token_ids),
-        "history_items": prepared.prompt.items_used,
-        "truncated_items": prepared.prompt.items_truncated,
-        "truncated_texts": prepared.prompt.texts_truncated,
+        "prompt_tokens": len(prompt.token_ids),
+        "cached_tokens": found.answer.cached_tokens,
+        "history_items": prompt.items_used,
+        "truncated_items": prompt.items_truncated,
+        "truncated_texts": prompt.texts_truncated,
     }
 
 

@@ -41,7 +41,13 @@ _EXAMPLE_RESPONSE: Json = {
     "shortfall": {"reason": "filters", "returned": 1},
     "unknown_items": ["B042"],
     "seed": 7,
-    "usage": {"prompt_tokens": 5, "history_items": 1, "truncated_items": 0, "truncated_texts": 0},
+    "usage": {
+        "prompt_tokens": 5,
+        "cached_tokens": 0,
+        "history_items": 1,
+        "truncated_items": 0,
+        "truncated_texts": 0,
+    },
     "timings": {"queue_ms": 0.1, "prefill_ms": 4.2, "decode_ms": 9.8, "total_ms": 14.6},
 }
 
@@ -211,6 +217,9 @@ class Usage(StrictResponse):
     """What the request cost."""
 
     prompt_tokens: int
+    cached_tokens: int = Field(
+        description="Tokens of the prompt's beginning that an earlier prompt had paid for."
+    )
     history_items: int = Field(description="Known items that made it into the prompt.")
     truncated_items: int = Field(description="Known items left out, the oldest.")
     truncated_texts: int = Field(description="Texts left out or cut short.")

@@ -61,6 +61,6 @@ def _to_wire(found: Recommendation, body: ScoreRequest, total_s: float) -> dict[
         "items": [{"item_id": i, **scored.get(i, _UNSCORED)} for i in body.items],
         "unscored_items": [i for i in dict.fromkeys(body.items) if i not in scored],
         "unknown_items": found.prepared.unknown_items,
-        "usage": usage(found.prepared),
+        "usage": usage(found),
         "timings": timings(found.answer, total_s),
     }

@@ -41,7 +41,13 @@ _EXAMPLE_RESPONSE: dict[str, Any] = {
     ],
     "unscored_items": ["nope"],
     "unknown_items": [],
-    "usage": {"prompt_tokens": 9, "history_items": 2, "truncated_items": 0, "truncated_texts": 0},
+    "usage": {
+        "prompt_tokens": 9,
+        "cached_tokens": 0,
+        "history_items": 2,
+        "truncated_items": 0,
+        "truncated_texts": 0,
+    },
     "timings": {"queue_ms": 0.1, "prefill_ms": 4.2, "decode_ms": 6.1, "total_ms": 10.8},
 }
 

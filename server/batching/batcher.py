@@ -348,14 +348,15 @@ class Batcher:
 
 
 def _deliver(places: Sequence[Place], waits: dict[int, float], outcome: BatchOutcome) -> None:
-    for place, result in zip(places, outcome.results, strict=True):
+    cached = outcome.cached_tokens or (0,) * len(places)
+    for place, result, tokens in zip(places, outcome.results, cached, strict=True):
         if not place.is_wanted:
             continue
         if isinstance(result, EngineFault):
             place.work.answer.set_exception(EngineFaultError(result.message))
         else:
             place.work.answer.set_result(
-                Answer(result, waits[place.key], outcome.prefill_s, outcome.decode_s)
+                Answer(result, waits[place.key], outcome.prefill_s, outcome.decode_s, tokens)
             )
 
 

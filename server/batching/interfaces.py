@@ -41,9 +41,10 @@ class BatchObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's result and where its time went, in seconds."""
+    """One request's result, where its time went, in seconds, and how much was known already."""
 
     result: SearchResult
     queue_s: float
     prefill_s: float
     decode_s: float
+    cached_tokens: int = 0

@@ -51,6 +51,13 @@ def real(tiny_lm: Callable[..., Any]) -> Any:
     return _load_script("real_release").make_real_release(tiny_lm("qwen3", 64, seed=1))
 
 
+@pytest.fixture(scope="session")
+def make_real_release() -> Callable[..., Any]:
+    """``make_real_release(model, ...)``: see ``real_release.py``."""
+    make: Callable[..., Any] = _load_script("real_release").make_real_release
+    return make
+
+
 class RunningApp:
     """An app whose lifespan runs, with a client for it."""
 

@@ -12,6 +12,7 @@ from rectokens.prompts.recipe import PromptRecipe
 from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.loading import build_engine
+from server.engine.pool_setup import PoolOptions
 from server.release import Release
 
 LEVELS, CODES = 3, 12
@@ -21,7 +22,13 @@ TOKENS = ItemTokens(
 FINGERPRINT = "cd" * 32
 
 
-def make_real_release(model: Any, items: int = 400, seed: int = 0) -> Release:
+def make_real_release(
+    model: Any,
+    items: int = 400,
+    seed: int = 0,
+    pool: PoolOptions | None = None,
+    recipe: PromptRecipe | None = None,
+) -> Release:
     """Items ``item-0`` ... with skewed codes, so that some share a semantic ID and some nodes
     have one child; constraint sets ``even``, ``third`` and ``few``.
 
@@ -29,8 +36,10 @@ def make_real_release(model: Any, items: int = 400, seed: int = 0) -> Release:
         model: a causal LM with a vocabulary of at least 40.
         items: N.
         seed: of the codes.
+        pool: of the engine.
+        recipe: of the prompts; by default the newest ten items.
     """
-    recipe = PromptRecipe("item_history", 1, {"max_items": 10})
+    recipe = recipe or PromptRecipe("item_history", 1, {"max_items": 10})
     generator = torch.Generator().manual_seed(seed)
     codes = (torch.rand(items, LEVELS, generator=generator) ** 1.5 * CODES).long()
     ids = [f"item-{row}" for row in range(items)]
@@ -49,5 +58,5 @@ def make_real_release(model: Any, items: int = 400, seed: int = 0) -> Release:
         catalog=catalog,
         trie=catalog.trie,
         prompts=prompt_builder(recipe, TOKENS, None),
-        engine=build_engine(model, TOKENS),
+        engine=build_engine(model, TOKENS, pool),
     )

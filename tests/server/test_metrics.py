@@ -23,6 +23,11 @@ EXPECTED = [
     "rectokens_shortfall_total",
     "rectokens_catalog_info",
     "rectokens_catalog_items",
+    "rectokens_prefix_cache_queried_tokens_total",
+    "rectokens_prefix_cache_hit_tokens_total",
+    "rectokens_prefix_cache_evictions_total",
+    "rectokens_prefix_cache_pages",
+    "rectokens_prefix_cache_pages_used",
     "process_resident_memory_bytes",
 ]
 

@@ -62,7 +62,13 @@ async def test_the_answer_is_as_documented(running):
         "finish_reason": "stop",
         "item": {"item_id": "B001", "score": -2.0, "semantic_id": [0, 0, 1]},
     }
-    assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+    assert body["usage"] == {
+        "prompt_tokens": 9,
+        "cached_tokens": 0,
+        "completion_tokens": 6,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     extension = body["rectokens"]
     assert extension["model_version"] == "model0000000000a"
     assert extension["catalog_version"] == "unsaved"

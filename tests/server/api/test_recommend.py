@@ -51,6 +51,7 @@ async def test_the_answer_is_as_documented(running):
     assert body["seed"] is None
     assert body["usage"] == {
         "prompt_tokens": 9,
+        "cached_tokens": 0,
         "history_items": 2,
         "truncated_items": 0,
         "truncated_texts": 0,

@@ -1,0 +1,91 @@
+"""Returning users through HTTP: the same answers as without a cache, told and counted."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rectokens.prompts.recipe import PromptRecipe
+from server.engine.pool_setup import PoolOptions
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "4"))
+USERS, MAX_ITEMS = 40, 25
+PAGE_BYTES = 16 * 3 * 2 * 2 * 8 * 4
+PAGES = 60  # a tenth of what all users' histories take
+MAX_GROWTH_BYTES = 24 << 20
+
+MakeRelease = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def releases(tiny_lm: Callable[..., Any], make_real_release: MakeRelease) -> tuple[Any, Any]:
+    """One release that keeps prompts, and the same that does not."""
+    recipe = PromptRecipe("item_history", 1, {"max_items": MAX_ITEMS})
+    pool = PoolOptions(memory_bytes=PAGES * PAGE_BYTES)
+    return (
+        make_real_release(tiny_lm("mistral-sliding", 64, seed=5), pool=pool, recipe=recipe),
+        make_real_release(tiny_lm("mistral-sliding", 64, seed=5), recipe=recipe),
+    )
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_growing_histories_under_pressure(start_app: Any, releases: tuple[Any, Any]) -> None:
+    kept, fresh = await start_app(releases[0]), await start_app(releases[1])
+    rng = random.Random(3)
+    histories: list[list[str]] = [[] for _ in range(USERS)]
+    cached = asked = 0
+    resident = None
+    begun = time.monotonic()
+    while time.monotonic() < begun + SECONDS or asked < 60:
+        if resident is None and time.monotonic() > begun + SECONDS / 2:
+            resident = resident_bytes()
+        user = min(int(rng.expovariate(0.15)), USERS - 1)
+        history = histories[user]
+        history += [f"item-{rng.randrange(400)}" for _ in range(rng.randint(1, 3))]
+        if len(history) > MAX_ITEMS:
+            history.clear()
+            continue
+        body = {"history": history, "top_k": 5, "beam_width": 8, "exclude_history": False}
+        found, expected = [(await app.post(body)).json() for app in (kept, fresh)]
+        assert [item["score"] for item in found["items"]] == pytest.approx(
+            [item["score"] for item in expected["items"]], abs=1e-5
+        )
+        scores = {item["item_id"]: item["score"] for item in expected["items"]}
+        worst = expected["items"][-1]["score"]
+        for item in found["items"]:
+            assert item["score"] == pytest.approx(scores.get(item["item_id"], worst), abs=1e-5)
+        assert expected["usage"]["cached_tokens"] == 0
+        assert found["usage"]["cached_tokens"] < found["usage"]["prompt_tokens"]
+        cached += found["usage"]["cached_tokens"]
+        asked += 1
+    assert resident is not None
+    assert resident_bytes() - resident < MAX_GROWTH_BYTES
+    assert cached > 0
+    assert await kept.metric("rectokens_prefix_cache_hit_tokens_total") == cached
+    assert await kept.metric("rectokens_prefix_cache_evictions_total") > 0
+    assert await kept.metric("rectokens_prefix_cache_pages") == PAGES
+    assert 0 < await kept.metric("rectokens_prefix_cache_pages_used") <= PAGES
+    assert await fresh.metric("rectokens_prefix_cache_pages") == 0
+    assert await fresh.metric("rectokens_prefix_cache_queried_tokens_total") == 0
+    cache = releases[0].engine._runner.prefix_cache
+    assert cache._references == {}, "a page is leased by nobody's request"
+
+
+async def test_completions_tell_it_too(start_app: Any, releases: tuple[Any, Any]) -> None:
+    running = await start_app(releases[0])
+    prompt = torch.randint(4, 40, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    body = {"model": "real", "prompt": [*prompt, 1], "n": 2}
+    for expected in (0, 32):
+        usage = (await running.client.post("/v1/completions", json=body)).json()["usage"]
+        assert usage["cached_tokens"] == expected
+        assert usage["prompt_tokens_details"] == {"cached_tokens": expected}
