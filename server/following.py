@@ -95,7 +95,7 @@ class StoreLink:
         for work in (
             self.follower.run(),
             self._rehearsals.run(),
-            _count_jobs(service, self.jobs),
+            self._count_again_and_again(service),
         ):
             self._tasks.append(asyncio.create_task(work))
 
@@ -113,12 +113,15 @@ class StoreLink:
             await self.jobs.close()
             await asyncio.to_thread(self._board.close)
 
+    async def count_jobs(self, service: Service) -> None:
+        """Tell the metrics how many jobs are in each state."""
+        counts = await self.jobs.counts()
+        service.metrics.jobs_counted({str(state): n for state, n in counts.items()})
 
-async def _count_jobs(service: Service, jobs: JobManager) -> None:
-    while True:
-        try:
-            counts = await jobs.counts()
-            service.metrics.jobs_counted({str(state): n for state, n in counts.items()})
-        except Exception:
-            _log.warning("jobs cannot be counted", exc_info=True)
-        await asyncio.sleep(_COUNT_JOBS_S)
+    async def _count_again_and_again(self, service: Service) -> None:
+        while True:
+            try:
+                await self.count_jobs(service)
+            except Exception:
+                _log.warning("jobs cannot be counted", exc_info=True)
+            await asyncio.sleep(_COUNT_JOBS_S)

@@ -24,6 +24,10 @@ class UploadError(Exception):
     """There is no room for an upload; the message names what there is and what is allowed."""
 
 
+class EmptyUploadError(UploadError):
+    """A file with nothing in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredUpload:
     """A file that arrived whole.
@@ -153,12 +157,13 @@ class UploadWriter:
         """Make the file lasting and visible.
 
         Raises:
-            UploadError: it is empty, or the disk is full.
+            EmptyUploadError: it is empty.
+            UploadError: the disk is full.
             OSError: it cannot be written.
         """
         assert self._file is not None
         if not self._num_bytes:
-            raise UploadError("the file is empty")
+            raise EmptyUploadError("the file is empty")
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

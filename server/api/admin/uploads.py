@@ -13,7 +13,7 @@ from server.api.admin.common import BODY_ERRORS, READ_ERRORS, admin_router, link
 from server.api.admin.schemas import Upload, UploadList
 from server.api.responses import JSONResponse, documented_errors
 from server.errors import ErrorKind, ServiceError
-from server.uploads import UploadError
+from server.uploads import EmptyUploadError, UploadError
 
 T = TypeVar("T")
 
@@ -108,6 +108,8 @@ async def delete_upload(
 async def _guarded(work: Awaitable[T]) -> T:
     try:
         return await work
+    except EmptyUploadError as error:
+        raise ServiceError(ErrorKind.INVALID_VALUE, str(error)) from error
     except UploadError as error:
         raise ServiceError(ErrorKind.DISK_FULL, str(error)) from error
     except OSError as error:

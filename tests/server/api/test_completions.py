@@ -248,7 +248,7 @@ async def test_a_parameter_that_would_change_the_result_is_refused(running, engi
         ({"prompt": "", "timeout_ms": 60_001}, "timeout_ms", "at most 60000"),
         ({"prompt": "", "tempreature": 1}, "tempreature", "did you mean temperature"),
         ({"prompt": [1], "exclude_history": True}, "exclude_history", "give exclude_items"),
-        ({"prompt": "", "stream_options": {"x": 1}}, "stream_options", "unknown field"),
+        ({"prompt": "", "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
     ],
 )
 async def test_a_bad_value_names_field_value_and_limit(running, fields, param, part):
