@@ -56,7 +56,11 @@ AvailableBytes = Callable[[torch.device], int]
 
 
 def memory_need(
-    catalog_path: Path, model_path: Path | None, device: torch.device, dtype: str
+    catalog_path: Path,
+    model_path: Path | None,
+    device: torch.device,
+    dtype: str,
+    prompt_bytes: int = 0,
 ) -> MemoryNeed:
     """What a catalog, and a model if it is not loaded already, will take.
 
@@ -65,9 +69,11 @@ def memory_need(
         model_path: folder of the model, None for one that is there.
         device: where the model runs.
         dtype: of the weights once loaded, as in the settings.
+        prompt_bytes: what a model takes to keep prompts in.
     """
-    weights = 0 if model_path is None else _weight_bytes(model_path, device, dtype)
-    weights = int(weights * _MODEL_OVERHEAD)
+    weights = 0
+    if model_path is not None:
+        weights = int(_weight_bytes(model_path, device, dtype) * _MODEL_OVERHEAD) + prompt_bytes
     tables, trie = _catalog_bytes(catalog_path)
     if device.type == "cpu":
         return MemoryNeed(device=weights + tables + trie, host=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 from prometheus_client import Metric
@@ -15,18 +16,21 @@ _PREFIX = "rectokens_prefix_cache_"
 
 
 class PrefixCacheCollector(Collector):
-    """Counters start again at 0 when another model is served, as after a restart."""
+    """Counters start again at 0 when another model is served, as after a restart.
+
+    An engine is not kept in memory for its figures: a model that was unloaded reads as none.
+    """
 
     def __init__(self) -> None:
-        self._engine: SearchEngine | None = None
+        self._engine: weakref.ref[SearchEngine] | None = None
 
     def watch(self, engine: SearchEngine) -> None:
         """Report this engine's cache from now on."""
-        self._engine = engine
+        self._engine = weakref.ref(engine)
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, 0 where nothing is kept."""
-        engine = self._engine
+        engine = None if self._engine is None else self._engine()
         stats = (None if engine is None else engine.prefix_cache) or _NOTHING
         yield CounterMetricFamily(
             f"{_PREFIX}queried_tokens",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import structlog
 import torch
@@ -74,6 +73,7 @@ class ReleaseSource:
                 None if kept else artifact.model_path,
                 device,
                 self._settings.dtype,
+                _prompt_bytes(self._settings, device),
             )
         except (ArtifactError, OSError) as error:
             raise ReleaseError(str(error)) from error
@@ -134,4 +134,16 @@ def _device(settings: Settings) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-LoadRelease = Callable[[str, Release | None], Release]
+def _prompt_bytes(settings: Settings, device: torch.device) -> int:
+    """What a model takes to keep prompts in; a GPU's default is a share of what is free then."""
+    engine = settings.engine
+    if not engine.prefix_cache:
+        return 0
+    if engine.kv_memory_mib is not None:
+        return engine.kv_memory_mib << 20
+    if device.type != "cpu":
+        return 0
+    # Here, because transformers takes seconds that a refused release should not cost.
+    from server.engine.pool_setup import DEFAULT_CPU_BYTES
+
+    return DEFAULT_CPU_BYTES

@@ -16,7 +16,7 @@ from server.engine.runners import SharedContextRunner
 
 logger = logging.getLogger(__name__)
 
-_CPU_BYTES = 512 << 20
+DEFAULT_CPU_BYTES = 512 << 20
 _CUDA_SHARE = 0.4  # of the memory that is free once the weights are loaded
 
 
@@ -42,7 +42,7 @@ def pool_bytes(options: PoolOptions, device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE)
-    return _CPU_BYTES
+    return DEFAULT_CPU_BYTES
 
 
 @torch.inference_mode()

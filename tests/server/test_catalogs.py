@@ -318,3 +318,17 @@ class TestMemory:
         error = NotEnoughMemoryError("the release", 1_000, 400)
         assert error.missing_bytes == 600
         assert "600 bytes are missing" in str(error)
+
+    async def test_what_the_new_model_keeps_prompts_in_counts(
+        self, start_app, small_store, tiny_lm
+    ):
+        running = await start(start_app, small_store, engine__kv_memory_mib="64")
+        running.app.state.link._source._available = lambda device: 64 << 20
+        small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+        small_store.activate(2)
+        await until(lambda: follower_of(running).status.failure is not None)
+        assert "bytes are missing" in follower_of(running).status.failure.message
+        # A catalog for the model that is there needs no such room.
+        small_store.add(3)
+        small_store.activate(3)
+        await served(running, 3, small_store)
