@@ -53,7 +53,8 @@ class KVPool:
         values: likewise.
 
     Raises:
-        ValueError: no layers, no pages, or a page size that is no multiple of 16.
+        ValueError: no layers, no pages, a page size that is no multiple of 16, or more memory than
+            the device has.
     """
 
     def __init__(
@@ -77,12 +78,21 @@ class KVPool:
         self.dtype = dtype
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        try:
+            self._allocate()
+        except RuntimeError as error:  # of the allocator, on any device
+            raise ValueError(
+                f"{num_pages} pages of {page_size} tokens take {self.num_bytes} bytes for keys and "
+                f"values, which {device} does not have"
+            ) from error
+
+    def _allocate(self) -> None:
         # Ordinary tensors even within inference mode, whose own could be written only there.
         with torch.inference_mode(False):
             for layer, shape in self.shapes.items():
-                rows = (num_pages, shape.kv_heads, page_size)
-                self.keys[layer] = torch.empty(*rows, shape.key_dim, device=device, dtype=dtype)
-                self.values[layer] = torch.empty(*rows, shape.value_dim, device=device, dtype=dtype)
+                rows = (self.num_pages, shape.kv_heads, self.page_size)
+                for side, dim in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
+                    side[layer] = torch.empty(*rows, dim, device=self.device, dtype=self.dtype)
 
     @classmethod
     def within(

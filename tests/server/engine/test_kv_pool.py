@@ -79,5 +79,10 @@ def test_a_pool_of_nothing_is_refused() -> None:
         KVPool({}, num_pages=1, page_size=16, device=CPU, dtype=torch.float32)
 
 
+def test_more_memory_than_there_is_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pages of 16 tokens take \d+ bytes .* cpu does not have"):
+        make_pool(num_pages=1 << 45)
+
+
 def test_pages_for_rounds_up() -> None:
     assert [pages_for(tokens, 16) for tokens in (1, 15, 16, 17, 32, 33)] == [1, 1, 1, 2, 2, 3]
