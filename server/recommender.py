@@ -22,7 +22,13 @@ from rectokens.prompt_embeds import (
     PromptEmbedsTooLargeError,
     load_prompt_embeds,
 )
-from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, TextPart
+from rectokens.prompts.parts import (
+    BuiltPrompt,
+    ItemPart,
+    Part,
+    PromptTooLongError,
+    TextPart,
+)
 from rectokens.schemas.search import Normalization, SearchRequest, SearchResult
 from server.batching.batcher import Batcher
 from server.batching.interfaces import Answer
@@ -91,6 +97,8 @@ class RecommendQuery:
         deadline_s: monotonic time after which the answer is not wanted.
         prompt: the whole prompt, ready; instead of ``parts``, which are then empty.
         refuse_unknown_items: an item of ``parts`` that the catalog does not know is an error.
+        cut_long_prompt: leave the oldest items out where the prompt is longer than the model
+            takes; False makes that an error.
     """
 
     parts: tuple[ItemRef | TextPart, ...]
@@ -109,6 +117,7 @@ class RecommendQuery:
     prompt: TokenPrompt | EmbedsPrompt | None = None
     refuse_unknown_items: bool = False
     allow_items: tuple[str, ...] | None = None
+    cut_long_prompt: bool = True
 
     @property
     def is_quick(self) -> bool:
@@ -309,8 +318,13 @@ def unknown_items_error(param: str, catalog: Catalog, unknown: Sequence[str]) ->
 
 
 def _build_prompt(query: RecommendQuery, parts: Sequence[Part], release: Release) -> BuiltPrompt:
+    limit = release.engine.max_prompt_tokens
     try:
-        prompt = release.prompts.build(parts)
+        prompt = release.prompts.build(parts, max_tokens=limit if query.cut_long_prompt else None)
+    except PromptTooLongError as error:
+        raise ServiceError(
+            ErrorKind.PROMPT_TOO_LONG, str(error), param=query.parts_param
+        ) from error
     except ValueError as error:
         raise invalid(query.parts_param, str(error)) from error
     _check_length(len(prompt.token_ids), query.parts_param, release)

@@ -40,6 +40,7 @@ _SECRETS = "admin.keys"
 
 # The same as rectokens.schemas.search.Normalization, spelled out because that imports torch.
 NormalizationName = Literal["vocab", "level", "children"]
+LongPrompt = Literal["truncate", "reject"]
 
 
 class SettingsError(ValueError):
@@ -93,6 +94,11 @@ class DefaultSettings(_Group):
     )
     exclude_history: bool = Field(
         default=True, description="Whether items of the history are kept out of the answer."
+    )
+    long_prompt: LongPrompt = Field(
+        default="truncate",
+        description="What becomes of a history whose prompt is longer than the model takes: "
+        "truncate leaves its oldest items out, in blocks; reject answers with a 422.",
     )
     timeout_ms: int = Field(
         default=10_000,

@@ -37,10 +37,17 @@ class PromptBuilder(Protocol):
         """Longest prompt that ``build`` can return, in tokens."""
         ...
 
-    def build(self, parts: Sequence[Part]) -> BuiltPrompt:
+    def build(self, parts: Sequence[Part], *, max_tokens: int | None = None) -> BuiltPrompt:
         """The prompt of a history, oldest part first; an empty one gives the start prompt.
 
+        Args:
+            parts: the history.
+            max_tokens: longest prompt wanted. Where the layout allows a longer one, more of the
+                oldest items are left out, in whole blocks counted from the beginning of the
+                history, so that a growing one's prompt seldom begins anew. Texts stay.
+
         Raises:
+            PromptTooLongError: longer than ``max_tokens`` with no more than the newest item.
             ValueError: codes that are no semantic ID of this model, or a part it does not take.
         """
         ...

@@ -17,6 +17,7 @@ NAME = "interleaved"
 
 DEFAULTS: dict[str, Any] = {
     "max_items": 50,
+    "block_items": 1,
     "max_texts": 16,
     "max_text_tokens": 64,
     "bos_token_id": None,
@@ -39,6 +40,8 @@ def interleaved_v1(
     Args:
         params:
             - ``max_items`` (50; 1 to 10,000): newest items kept.
+            - ``block_items`` (1; 1 to ``max_items``): items left out together, as in
+              ``item_history``.
             - ``max_texts`` (16; 1 to 10,000): newest texts kept, counted apart from items.
             - ``max_text_tokens`` (64; 1 to 100,000): tokens kept of each text, its beginning.
             - ``bos_token_id`` (none): first token of every prompt.
@@ -59,6 +62,7 @@ def interleaved_v1(
         1,
         item_tokens,
         max_items=check.integer(values, "max_items", 1, 10_000),
+        block_items=check.integer(values, "block_items", 1, 10_000),
         bos_token_id=check.optional_integer(values, "bos_token_id", 0, 2**31 - 1),
         end_token=check.boolean(values, "end_token"),
         encode_text=TextEncoder(text_tokenizer, item_tokens, max_text_tokens),

@@ -22,6 +22,10 @@ class TextPart:
 Part = ItemPart | TextPart
 
 
+class PromptTooLongError(ValueError):
+    """A prompt that is too long even without the items that may be left out of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuiltPrompt:
     """A prompt ready for the model, and what was left out of it.

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
+from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, PromptTooLongError
+from rectokens.prompts.truncation import block_of, items_to_drop
 from rectokens.schemas.item_tokens import ItemTokens
 
 IGNORED_LABEL = -100
@@ -29,12 +30,14 @@ class SequencePromptBuilder:
 
     Truncation is part of the layout. The newest ``max_items`` items and, counted apart, the
     newest ``max_texts`` texts are kept, in their order: a long history does not push out what
-    the user said, nor the reverse.
+    the user said, nor the reverse. Items are left out ``block_items`` at a time (see
+    :mod:`rectokens.prompts.truncation`), in training as in serving.
 
     Args:
         name, version: identity in the registry.
         item_tokens: the model's item tokens.
         max_items: items kept, at least 1.
+        block_items: items left out together, 1 to ``max_items``.
         bos_token_id: first token of every sequence, or None for none.
         end_token: whether the end token closes each item.
         encode_text: text to (token ids, whether cut short); None where texts are refused.
@@ -42,8 +45,8 @@ class SequencePromptBuilder:
         max_text_tokens: most ids that ``encode_text`` returns.
 
     Raises:
-        ValueError: an end token is wanted and the model has none, or the bos token is an item
-            token.
+        ValueError: an end token is wanted and the model has none, the bos token is an item
+            token, or a block is larger than ``max_items``.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SequencePromptBuilder:
         item_tokens: ItemTokens,
         *,
         max_items: int,
+        block_items: int = 1,
         bos_token_id: int | None = None,
         end_token: bool = False,
         encode_text: EncodeText | None = None,
@@ -62,7 +66,12 @@ class SequencePromptBuilder:
         self.name = name
         self.version = version
         self._item_tokens = item_tokens
+        if block_items > max_items:
+            raise ValueError(
+                f"block_items is {block_items}; allowed are 1 to max_items, {max_items}"
+            )
         self._max_items = max_items
+        self._block_items = block_items
         self._max_texts = max_texts
         self._max_text_tokens = max_text_tokens
         self._encode_text = encode_text
@@ -81,26 +90,59 @@ class SequencePromptBuilder:
     @property
     def max_prompt_tokens(self) -> int:
         """Longest prompt, in tokens."""
-        item = 1 + self._item_tokens.num_levels + len(self._tail)
         texts = self._max_texts * self._max_text_tokens
-        return len(self._head) + self._max_items * item + texts + 1
+        return self._bare_tokens + self._max_items * self._tokens_of_item + texts
 
-    def build(self, parts: Sequence[Part]) -> BuiltPrompt:
+    @property
+    def _tokens_of_item(self) -> int:
+        return 1 + self._item_tokens.num_levels + len(self._tail)
+
+    @property
+    def _bare_tokens(self) -> int:
+        """Tokens of the start prompt."""
+        return len(self._head) + 1
+
+    def build(self, parts: Sequence[Part], *, max_tokens: int | None = None) -> BuiltPrompt:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""
         kept, items_dropped, texts_dropped = self._keep_newest(parts)
-        ids = list(self._head)
-        items = texts_cut = 0
+        pieces: list[tuple[bool, list[int]]] = []  # whether of an item, and its token ids
+        texts_cut = text_tokens = 0
         for part in kept:
             if isinstance(part, ItemPart):
-                ids.append(self._item_tokens.start_token_id)
-                ids += self.target(part.codes)
-                items += 1
+                pieces.append((True, [self._item_tokens.start_token_id, *self.target(part.codes)]))
             else:
                 text_ids, cut = self._text(part.text)
-                ids += text_ids
+                pieces.append((False, text_ids))
                 texts_cut += cut
+                text_tokens += len(text_ids)
+        num_items = items_dropped + sum(is_item for is_item, _ in pieces)
+        over = 0
+        if max_tokens is not None:
+            over = self._dropped_within(max_tokens, num_items, text_tokens) - items_dropped
+        ids = list(self._head)
+        for is_item, piece in pieces:
+            if is_item and over > 0:
+                over -= 1
+                items_dropped += 1
+            else:
+                ids += piece
         ids.append(self._item_tokens.start_token_id)
-        return BuiltPrompt(tuple(ids), items, items_dropped, texts_dropped + texts_cut)
+        used = num_items - items_dropped
+        return BuiltPrompt(tuple(ids), used, items_dropped, texts_dropped + texts_cut)
+
+    def _dropped_within(self, max_tokens: int, num_items: int, text_tokens: int) -> int:
+        """Oldest items of a history to leave out for a prompt of at most ``max_tokens``."""
+        space = max_tokens - self._bare_tokens
+        room = (space - text_tokens) // self._tokens_of_item
+        least = min(num_items, 1)
+        if room < least:
+            tokens = self._bare_tokens + text_tokens + least * self._tokens_of_item
+            raise PromptTooLongError(
+                f"the prompt has {tokens} tokens even with "
+                f"{'the newest item only' if least else 'no item'}; at most {max_tokens} fit"
+            )
+        # Texts come and go; blocks of a size that depends on the limit alone stay in place.
+        return items_to_drop(num_items, room, block_of(space // self._tokens_of_item))
 
     def target(self, codes: Sequence[int]) -> list[int]:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""
@@ -143,16 +185,20 @@ class SequencePromptBuilder:
 
     def _keep_newest(self, parts: Sequence[Part]) -> tuple[list[Part], int, int]:
         """Parts kept, oldest first, and the numbers of items and of texts left out."""
+        items = sum(isinstance(part, ItemPart) for part in parts)
+        items_dropped = items_to_drop(items, self._max_items, self._block_items)
+        texts_dropped = max(len(parts) - items - self._max_texts, 0)
+        if self._encode_text is None:
+            texts_dropped = 0  # they stay, so that encoding them raises
         kept: list[Part] = []
         items = texts = 0
-        for part in reversed(parts):
+        for part in parts:
             if isinstance(part, ItemPart):
                 items += 1
-                keep = items <= self._max_items
+                keep = items > items_dropped
             else:
                 texts += 1
-                # Without an encoder texts stay, so that encoding them raises.
-                keep = texts <= self._max_texts or self._encode_text is None
+                keep = texts > texts_dropped
             if keep:
                 kept.append(part)
-        return kept[::-1], max(items - self._max_items, 0), max(texts - self._max_texts, 0)
+        return kept, items_dropped, texts_dropped

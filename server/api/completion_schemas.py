@@ -15,7 +15,7 @@ from server.api.schemas import (
     StrictResponse,
     Timings,
 )
-from server.settings import NormalizationName
+from server.settings import LongPrompt, NormalizationName
 
 _EXAMPLE_REQUEST: Json = {
     "model": "rectokens",
@@ -115,6 +115,10 @@ class CompletionRequest(StrictRequest):
         default=False, description="Keep the items that the prompt's text names out."
     )
     constraint_set: str | list[str] | None = Field(default=None, description="As in /v1/recommend.")
+    long_prompt: LongPrompt | None = Field(
+        default=None,
+        description="As in /v1/recommend, for text. Token ids and embeddings are never cut.",
+    )
     normalization: NormalizationName | None = Field(
         default=None, description="As in /v1/recommend."
     )

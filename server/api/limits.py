@@ -10,7 +10,7 @@ from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, Tex
 from server.api.score_schemas import ScoreRequest
 from server.errors import ServiceError, invalid
 from server.recommender import ItemRef, RecommendQuery
-from server.settings import LimitSettings, NormalizationName, Settings
+from server.settings import LimitSettings, LongPrompt, NormalizationName, Settings
 
 Number = TypeVar("Number", int, float)
 
@@ -25,6 +25,7 @@ class SearchFields(Protocol):
     allow_items: list[str] | None
     constraint_set: str | list[str] | None
     normalization: NormalizationName | None
+    long_prompt: LongPrompt | None
     timeout_ms: int | None
 
 
@@ -85,6 +86,7 @@ def to_score_query(body: ScoreRequest, settings: Settings, arrival_s: float) -> 
         with_metadata=False,
         with_level_scores=True,
         deadline_s=arrival_s + timeout_ms / 1000,
+        cut_long_prompt=(body.long_prompt or defaults.long_prompt) == "truncate",
     )
 
 
@@ -143,6 +145,7 @@ def build_query(
         constraint_sets=_constraint_sets(body.constraint_set, limits),
         normalization=body.normalization or defaults.normalization,
         deadline_s=arrival_s + timeout_ms / 1000,
+        cut_long_prompt=(body.long_prompt or defaults.long_prompt) == "truncate",
         **rest,
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from server.settings import NormalizationName
+from server.settings import LongPrompt, NormalizationName
 
 Json = dict[str, Any]
 Include = Literal["semantic_id", "metadata", "level_scores"]
@@ -181,6 +181,11 @@ class RecommendRequest(StrictRequest):
         default=[],
         description="More to tell about each item. `semantic_id` is always there; asking for it "
         "changes nothing.",
+    )
+    long_prompt: LongPrompt | None = Field(
+        default=None,
+        description="What becomes of a history whose prompt is longer than the model takes: "
+        "`truncate` leaves its oldest items out, `reject` answers with a 422.",
     )
     timeout_ms: int | None = Field(
         default=None, ge=1, description="Milliseconds after which the answer is no longer wanted."

@@ -16,7 +16,7 @@ from server.api.schemas import (
     Usage,
     require_one_of_history_and_input,
 )
-from server.settings import NormalizationName
+from server.settings import LongPrompt, NormalizationName
 
 _EXAMPLE_REQUEST: dict[str, Any] = {"history": ["B001", "B042"], "items": ["B123", "B007", "nope"]}
 _EXAMPLE_RESPONSE: dict[str, Any] = {
@@ -67,6 +67,7 @@ class ScoreRequest(StrictRequest):
     normalization: NormalizationName | None = Field(
         default=None, description="As in /v1/recommend."
     )
+    long_prompt: LongPrompt | None = Field(default=None, description="As in /v1/recommend.")
     timeout_ms: int | None = Field(default=None, ge=1, description="As in /v1/recommend.")
 
     @model_validator(mode="after")

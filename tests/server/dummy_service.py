@@ -138,7 +138,7 @@ class TextBuilder:
 
     name, version, max_prompt_tokens = "dummy_text", 1, 1_000
 
-    def build(self, parts: Sequence[Part]) -> BuiltPrompt:
+    def build(self, parts: Sequence[Part], *, max_tokens: int | None = None) -> BuiltPrompt:
         ids = [0]
         for part in parts:
             ids += [3] if isinstance(part, TextPart) else [4, 5, 6]

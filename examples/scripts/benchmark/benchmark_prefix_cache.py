@@ -92,7 +92,7 @@ def visits(case: Case, tokens: ItemTokens, seed: int) -> list[list[SearchRequest
     for _ in range(case.batch):
         codes = torch.randint(tokens.codebook_size, (items, tokens.num_levels), generator=generator)
         ids = [t for row in codes.tolist() for t in (tokens.start_token_id, *tokens.encode(row))]
-        history = ids[len(ids) - case.context + 1 :] + [tokens.start_token_id]
+        history = [*ids[len(ids) - case.context + 1 :], tokens.start_token_id]
         first = case.context - case.new_items * item
         for batch, length in zip(batches, (first, case.context), strict=True):
             prompt = (*history[: length - 1], tokens.start_token_id)

@@ -25,7 +25,7 @@ def test_unknown_builder_names_the_known(item_tokens, name, version):
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("item_history", {"max_item": 3}, "no parameter 'max_item'; known are bos_token_id, end_t"),
+        ("item_history", {"max_item": 3}, "no parameter 'max_item'; known are block_items, bos"),
         ("item_history", {"max_text_tokens": 3}, "no parameter 'max_text_tokens'"),
         ("item_history", {"max_items": 0}, "max_items is 0; allowed are 1 to 10000"),
         ("item_history", {"max_items": 2.0}, "max_items is 2.0; it must be an integer"),

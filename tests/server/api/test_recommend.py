@@ -232,14 +232,35 @@ async def test_text_for_a_model_without_text_is_an_error(running):
     assert "text" in assert_error(response, 422, "invalid_value", "input")
 
 
-async def test_a_prompt_longer_than_the_model_takes_is_refused(start_app, dummy, engine):
-    engine.max_prompt_tokens = 6
+async def test_a_prompt_longer_than_the_model_takes_loses_its_oldest_items(
+    start_app, dummy, engine
+):
+    engine.max_prompt_tokens = 10
     running = await start_app(dummy.make_release(engine))
+    response = await running.post({"history": ["B001", "B002", "B003"]})
+    usage = response.json()["usage"]
+    assert (usage["history_items"], usage["truncated_items"]) == (2, 1)
+    assert usage["prompt_tokens"] == len(engine.batches[-1][0].prompt) == 9
+    assert engine.batches[-1][0].excluded_items.tolist() == [1, 2, 3]
+
+
+async def test_a_prompt_longer_than_the_model_takes_is_refused_where_that_is_wanted(
+    start_app, dummy, engine
+):
+    engine.max_prompt_tokens = 6
+    running = await start_app(dummy.make_release(engine), defaults={"long_prompt": "reject"})
     response = await running.post({"history": ["B001", "B002"]})
     message = assert_error(response, 422, "prompt_too_long", "history")
     assert "9 tokens" in message
     assert "6" in message
     assert (await running.post({"history": ["B001"]})).status_code == 200
+    asked = {"history": ["B001", "B002"], "long_prompt": "truncate"}
+    assert (await running.post(asked)).json()["usage"]["truncated_items"] == 1
+    engine.max_prompt_tokens = 4
+    message = assert_error(await running.post(asked), 422, "prompt_too_long", "history")
+    assert "5 tokens even with the newest item only; at most 4 fit" in message
+    response = await running.post({**asked, "long_prompt": "shorten"})
+    assert_error(response, 422, "invalid_value", "long_prompt")
 
 
 async def test_a_seed_is_drawn_and_told_where_it_matters(running, engine):

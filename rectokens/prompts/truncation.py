@@ -1,0 +1,34 @@
+"""How many of a history's oldest items give way to a limit.
+
+A prompt that loses one item for every new one begins differently every time, and what was
+computed of the last one serves no more. So items go in whole blocks, counted from the beginning
+of the history: while it grows, its prompt keeps its beginning until the next block has to go.
+"""
+
+from __future__ import annotations
+
+# Of the items that a limit leaves room for. A history at the limit keeps three quarters of them or
+# more, and its prompt begins anew once every quarter.
+_BLOCKS_OF_ROOM = 4
+
+
+def items_to_drop(num_items: int, room: int, block: int) -> int:
+    """Oldest items to leave out.
+
+    Args:
+        num_items: of the history.
+        room: most items that stay, at least 1.
+        block: items that go together, at least 1.
+
+    Returns:
+        The least multiple of ``block`` that leaves at most ``room`` items. Where that would leave
+        none, because a block is larger than the room, what is over the room.
+    """
+    over = max(num_items - room, 0)
+    whole = -(-over // block) * block
+    return whole if whole < num_items else over
+
+
+def block_of(room: int) -> int:
+    """Items of a block where a limit leaves room for so many: a quarter, at least 1."""
+    return max(room // _BLOCKS_OF_ROOM, 1)
