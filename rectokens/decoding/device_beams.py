@@ -35,11 +35,13 @@ class BeamBuffers:
             attention needs to find a beam's own past positions; entries j >= d are 0.
         scores: float32 (L + 1, B, W), sum of log-probabilities.
         code_scores: float32 (L + 1, B, W), log-probability of the code.
-        log_probs: float32 (L + 1, B, W), under the sampling distribution.
-        perturbed: float32 (L + 1, B, W), Gumbel value that orders a stochastic search.
+        log_probs: float32 (L + 1, B, W), under the sampling distribution; of no meaning, but
+            finite, in live slots of a request without temperature.
+        perturbed: float32 (L + 1, B, W), Gumbel value that orders a stochastic search; likewise.
         poisoned: int32 (B,), not 0 once a NaN or +inf logit was met.
         alive: int32 (L + 1, B), live slots.
         answers: int32 (B, 3 + (2 + 1 + 2 L) W), the finished search, see ``unpack_answers``.
+        scratch: what the implementation of the steps keeps between kernels, made at first use.
     """
 
     def __init__(self, batch: int, shapes: StepShapes, device: torch.device | str) -> None:
@@ -64,6 +66,7 @@ class BeamBuffers:
         self.alive = integers(levels + 1, batch)
         self.alive[0] = 1
         self.answers = integers(batch, _HEADER + (3 + 2 * levels) * width)
+        self.scratch: object = None
 
     @property
     def device(self) -> torch.device:

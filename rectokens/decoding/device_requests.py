@@ -11,7 +11,7 @@ from rectokens.decoding.device_tables import copy_to_device
 from rectokens.ops.counter_rng import signed64
 from rectokens.schemas.search import NORMALIZATIONS, SearchRequest
 
-_INT32_FIELDS = 5
+_INT32_FIELDS = 6
 
 
 class RequestTables:
@@ -22,7 +22,8 @@ class RequestTables:
 
     Args:
         batch: B, requests of a batch at most.
-        max_exclusions: excluded items of all requests of a batch together, at most.
+        max_exclusions: items that the requests of a batch exclude, or list as the only ones
+            allowed, all together at most.
         device: where to search.
 
     Attributes:
@@ -32,11 +33,13 @@ class RequestTables:
         seed: int64 (B,).
         prefixes: int64 (B,), address of the request's constraint set, int32 (N + 1,) prefix sums
             on ``device``; 0 for none.
-        exclusions: int32 (max_exclusions,), excluded item indices, ascending in each request.
+        exclusions: int32 (max_exclusions,), item indices, ascending in each request: those it
+            excludes; or those of its allow-list less what it excludes.
+        allow_list: int32 (B,), 1 where they are an allow-list.
         exclusion_start: int32 (B,), first of a request's own among them.
         exclusion_end: int32 (B,), one past the last.
         exclusion_counts: int32 (max_exclusions + B,), scratch of the steps: how many of the
-            first i exclusions of a request its constraint set contains.
+            first i of a request's exclusions its constraint set contains.
         requests: the batch loaded last.
     """
 
@@ -91,15 +94,20 @@ class RequestTables:
                 prefix = _prefix_on(request.allowed_prefix, num_items, self.device)
                 kept.append(prefix)
                 view.prefixes[row] = prefix.data_ptr()
-            view.exclusion_start[row] = view.exclusion_end[row] = filled
-            if request.excluded_items is not None and request.excluded_items.numel():
-                end = filled + request.excluded_items.numel()
+            view.allow_list[row] = request.allowed_items is not None
+            # From here on, so that rows past the batch have a place of their own too.
+            view.exclusion_start[row:] = view.exclusion_end[row:] = filled
+            items = _listed_items(request, num_items)
+            if items is not None:
+                end = filled + items.numel()
                 if end > self.max_exclusions:
                     raise ValueError(
-                        f"the batch excludes {end} items or more; at most {self.max_exclusions} fit"
+                        f"the requests list {end} items or more to exclude or allow; "
+                        f"at most {self.max_exclusions} fit"
                     )
-                view.exclusions[filled:end] = _exclusions(request.excluded_items, num_items)
-                view.exclusion_end[row] = filled = end
+                view.exclusions[filled:end] = items
+                filled = end
+                view.exclusion_start[row + 1 :] = view.exclusion_end[row:] = filled
         self.requests = tuple(requests)
         self._kept = kept
         copy_to_device(self._block, host)
@@ -110,7 +118,7 @@ class RequestTables:
         self.beam_width, self.normalization = view.beam_width, view.normalization
         self.temperature = view.temperature
         self.exclusion_start, self.exclusion_end = view.exclusion_start, view.exclusion_end
-        self.exclusions = view.exclusions
+        self.allow_list, self.exclusions = view.allow_list, view.exclusions
 
 
 class _Fields:
@@ -122,7 +130,7 @@ class _Fields:
         columns = narrow[: _INT32_FIELDS * batch].view(_INT32_FIELDS, batch)
         self.beam_width, self.normalization, heat = columns[:3].unbind()
         self.temperature = heat.view(torch.float32)
-        self.exclusion_start, self.exclusion_end = columns[3:].unbind()
+        self.exclusion_start, self.exclusion_end, self.allow_list = columns[3:].unbind()
         self.exclusions = narrow[_INT32_FIELDS * batch :][:max_exclusions]
 
 
@@ -135,12 +143,25 @@ def _prefix_on(prefix: Tensor, num_items: int, device: torch.device) -> Tensor:
     return prefix.to(device, non_blocking=True).contiguous()
 
 
-def _exclusions(items: Tensor, num_items: int) -> Tensor:
+def _listed_items(request: SearchRequest, num_items: int) -> Tensor | None:
+    """What a request excludes, or what is left of its allow-list; int32, None for neither."""
+    excluded = _checked("excluded_items", request.excluded_items, num_items)
+    allowed = _checked("allowed_items", request.allowed_items, num_items)
+    if allowed is None:
+        return excluded
+    if excluded is not None:
+        allowed = allowed[torch.isin(allowed, excluded, assume_unique=True, invert=True)]
+    return allowed
+
+
+def _checked(name: str, items: Tensor | None, num_items: int) -> Tensor | None:
+    if items is None or not items.numel():
+        return None if items is None else torch.empty(0, dtype=torch.int32)
     items = items.to("cpu", torch.int64)
     low, high = int(items[0]), int(items[-1])
     if low < 0 or high >= num_items or bool((items.diff() <= 0).any()):
         raise ValueError(
-            f"excluded_items span {low} to {high} and must be ascending, distinct and within 0 to "
+            f"{name} span {low} to {high} and must be ascending, distinct and within 0 to "
             f"{num_items - 1}, the items of the catalog"
         )
     return items.to(torch.int32)

@@ -18,8 +18,8 @@ from rectokens.schemas.search import NORMALIZATIONS, SearchRequest
 _VOCAB, _LEVEL = NORMALIZATIONS.index("vocab"), NORMALIZATIONS.index("level")
 
 
-def begin(buffers: BeamBuffers) -> None:
-    """Forget the search before."""
+def begin(buffers: BeamBuffers, requests: RequestTables) -> None:
+    """As ``rectokens.ops.beam_step.begin_search_``; the requests need no preparation here."""
     buffers.poisoned.zero_()
 
 
@@ -172,10 +172,15 @@ def _filters(
 
 
 def _together(request: SearchRequest) -> SearchRequest:
-    """The same request with its exclusions where its constraint set is."""
-    if request.allowed_prefix is None or request.excluded_items is None:
+    """The same request with its lists where its constraint set is."""
+    if request.allowed_prefix is None:
         return request
-    return replace(request, excluded_items=request.excluded_items.to(request.allowed_prefix.device))
+    device = request.allowed_prefix.device
+    excluded, allowed = (
+        None if items is None else items.to(device)
+        for items in (request.excluded_items, request.allowed_items)
+    )
+    return replace(request, excluded_items=excluded, allowed_items=allowed)
 
 
 def _children(trie: CatalogTrie, nodes: Tensor, live: Tensor, slots: int) -> tuple[Tensor, Tensor]:

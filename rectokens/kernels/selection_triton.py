@@ -47,9 +47,23 @@ def hash_of(seed, row, token):
 
 
 @triton.jit
+def node_hash_of(seed, node):
+    """SplitMix64 chained over the node alone; uint64, shape of `node`."""
+    gamma = tl.full(node.shape, _GAMMA, tl.uint64)
+    state = _mix(tl.full(node.shape, 0, tl.uint64) + seed.to(tl.uint64) + gamma)
+    return _mix((state ^ node.to(tl.uint64)) + gamma)
+
+
+@triton.jit
 def gumbel_of(seed, row, token):
     """Standard Gumbel noise, float64."""
-    uniform = ((hash_of(seed, row, token) >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.0**-52
+    return gumbel_of_bits(hash_of(seed, row, token))
+
+
+@triton.jit
+def gumbel_of_bits(bits):
+    """Standard Gumbel noise, float64, from 64 mixed bits."""
+    uniform = ((bits >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.0**-52
     # log1p(-u) by the logarithm of the rounded 1 - u, put right by how far that is from 1
     # (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991).
     rounded = 1.0 - uniform

@@ -27,13 +27,17 @@ constraint set and any catalog that fits. Elsewhere plain PyTorch does the same,
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rectokens.decoding import device_search_reference as reference
+from rectokens.decoding import device_search_reference
 from rectokens.decoding.device_beams import BeamBuffers
 from rectokens.decoding.device_requests import RequestTables
 from rectokens.decoding.device_tables import TrieTable
+from rectokens.ops.dispatch import triton_is_installed
 
 
 def begin_search_(buffers: BeamBuffers, requests: RequestTables) -> None:
@@ -43,7 +47,7 @@ def begin_search_(buffers: BeamBuffers, requests: RequestTables) -> None:
         ValueError: buffers and requests that do not belong together.
     """
     _check_batch(buffers, requests)
-    reference.begin(buffers)
+    _implementation(buffers.device).begin(buffers, requests)
 
 
 def beam_step_(
@@ -87,7 +91,9 @@ def beam_step_(
     for name, norm in (("vocab_log_norm", vocab_log_norm), ("level_log_norm", level_log_norm)):
         if norm is not None:
             _check_tensor(name, norm, (buffers.batch, width), buffers.device)
-    reference.step(table, buffers, requests, depth, logits, compact, vocab_log_norm, level_log_norm)
+    _implementation(buffers.device).step(
+        table, buffers, requests, depth, logits, compact, vocab_log_norm, level_log_norm
+    )
 
 
 def child_logits(
@@ -129,7 +135,10 @@ def child_logits(
     _check_tensor("hidden", hidden, (buffers.batch, shapes.width, weight.shape[1]), buffers.device)
     if bias is not None:
         _check_tensor("bias", bias, (shapes.codebook_size,), buffers.device)
-    return reference.child_logits(table, buffers, depth, hidden, weight, bias, factor, softcap)
+    found: Tensor = _implementation(buffers.device).child_logits(
+        table, buffers, depth, hidden, weight, bias, factor, softcap
+    )
+    return found
 
 
 def finish_search_(table: TrieTable, buffers: BeamBuffers, requests: RequestTables) -> None:
@@ -140,7 +149,14 @@ def finish_search_(table: TrieTable, buffers: BeamBuffers, requests: RequestTabl
     """
     _check_batch(buffers, requests)
     _check_depth(table, buffers, buffers.shapes.num_levels - 1)
-    reference.finish(table, buffers, requests)
+    _implementation(buffers.device).finish(table, buffers, requests)
+
+
+def _implementation(device: torch.device) -> Any:
+    """The module whose functions do the work: kernels on CUDA, plain PyTorch elsewhere."""
+    if device.type == "cuda" and triton_is_installed():
+        return importlib.import_module("rectokens.kernels.beam_launch")
+    return device_search_reference
 
 
 def _check_batch(buffers: BeamBuffers, requests: RequestTables) -> None:

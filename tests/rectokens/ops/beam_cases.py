@@ -47,12 +47,14 @@ def random_requests(
     shared = prefix_of(torch.rand(num_items, generator=g) < 0.5)
     requests = []
     for row in range(batch):
-        prefix = excluded = None
+        prefix = excluded = listed = None
         if chance(filtered):
             own = prefix_of(torch.rand(num_items, generator=g) < 0.3)
             prefix = shared if chance(0.5) else own
         if chance(filtered):
             excluded = (torch.rand(num_items, generator=g) < 0.4).nonzero().squeeze(1)
+        if chance(filtered / 2):
+            listed = (torch.rand(num_items, generator=g) < 0.6).nonzero().squeeze(1)
         beam = width if row == 0 else int(torch.randint(1, width + 1, (), generator=g))
         requests.append(
             SearchRequest(
@@ -64,6 +66,7 @@ def random_requests(
                 normalization=NORMALIZATIONS[int(torch.randint(3, (), generator=g))],
                 excluded_items=excluded,
                 allowed_prefix=prefix,
+                allowed_items=listed,
             )
         )
     return requests
@@ -202,11 +205,15 @@ def check_answers(search: Search, trie, requests) -> None:
         near(answers.code_scores[row, :live].sum(1), answers.scores[row, :live])
         excluded = set() if request.excluded_items is None else set(request.excluded_items.tolist())
         prefix = None if request.allowed_prefix is None else request.allowed_prefix.cpu()
+        listed = request.allowed_items
+        listed = range(trie.num_items) if listed is None else set(listed.tolist())
         wanted = [
             (item, slot)
             for slot, leaf in enumerate(leaves.tolist())
             for item in range(int(trie.leaf_item_ptrs[leaf]), int(trie.leaf_item_ptrs[leaf + 1]))
-            if item not in excluded and (prefix is None or prefix[item + 1] > prefix[item])
+            if item in listed
+            and item not in excluded
+            and (prefix is None or prefix[item + 1] > prefix[item])
         ][: shapes.width]
         count = int(answers.item_count[row])
         found = zip(answers.items[row].tolist(), answers.leaves[row].tolist(), strict=True)

@@ -151,8 +151,10 @@ def test_refused_batches() -> None:
     ask = SearchRequest((0,), 1, 1)
     with pytest.raises(ValueError, match="2 requests; at most 1 fit"):
         tables.load([ask, ask], 10)
-    with pytest.raises(ValueError, match="excludes 3 items or more; at most 2 fit"):
+    with pytest.raises(ValueError, match="list 3 items or more to exclude or allow; at most 2 fit"):
         tables.load([SearchRequest((0,), 1, 1, excluded_items=torch.arange(3))], 10)
+    with pytest.raises(ValueError, match="allowed_items span 3 to 2 and must be ascending"):
+        tables.load([SearchRequest((0,), 1, 1, allowed_items=torch.tensor([3, 2]))], 10)
     with pytest.raises(ValueError, match="within 0 to 9"):
         tables.load([SearchRequest((0,), 1, 1, excluded_items=torch.tensor([3, 10]))], 10)
     with pytest.raises(ValueError, match=r"expected torch.int32 \(11,\)"):

@@ -1,0 +1,208 @@
+# Triton gives kernels no types; parameters are pointers, tensors of the shapes stated, constants.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202
+"""Triton kernels that choose the W best keys of a request and write the beams they stand for.
+
+The exact W best come in three steps without the host. A histogram of the keys' bins, which
+`score_kernel` added up, says in which bin the W-th key lies. `pick_kernel` copies the keys of
+that bin and of the better ones, somewhat more than W, to a short list. `rank_kernel` counts, for
+each key of that list, how many are larger: that is its slot, and the program that has counted
+writes the beam there. Keys differ, so the order in which a list was filled does not matter.
+
+Where one bin holds more keys than the short list has room for, as with many equal scores,
+`tie_kernel` finds the exact cut by their digits: slower, and as exact. Lists that are short from
+the start go to `rank_kernel` directly.
+"""
+
+from rectokens.kernels.beam_tables_triton import codes_of, row_ptrs_of
+from rectokens.kernels.beam_triton import (
+    CANDIDATES,
+    CURSOR,
+    LOW32,
+    NEG,
+    NO_KEY,
+    TIE_BIN,
+    TIE_NEED,
+    bin_of,
+)
+from rectokens.kernels.optional_triton import tl, triton
+
+_LOW31 = tl.constexpr(0x7FFFFFFF)
+_SIGN = tl.constexpr(-(1 << 63))
+
+
+@triton.jit(do_not_specialize=["capacity", "room", "copies"])
+def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidates_ptr, capacity,
+                room, copies, histogram_row, COUNTERS_: tl.constexpr, BINS_: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """Copy a share of the keys that may be among the best to `candidates` (B, room)."""
+    request = tl.program_id(1).to(tl.int64)
+    counters_ptr += request * COUNTERS_
+    count = tl.minimum(tl.load(counters_ptr + CURSOR), capacity)
+    begin = tl.program_id(0) * BLOCK
+    if begin >= count:
+        return
+    wanted = tl.load(beam_width_ptr + request)
+    bins = tl.arange(0, BINS_)
+    inside = tl.zeros((BINS_,), tl.int32)
+    for copy in range(copies):
+        inside += tl.load(histogram_ptr + request * histogram_row + copy * BINS_ + bins)
+    reached = tl.cumsum(inside, axis=0, reverse=True)
+    last = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), axis=0) - 1, 0)
+    with_last = tl.sum(tl.where(bins == last, reached, 0), axis=0)
+    above = tl.sum(tl.where(bins == last, reached - inside, 0), axis=0)
+    crowded = with_last > room
+    if crowded & (tl.program_id(0) == 0):
+        tl.store(counters_ptr + TIE_BIN, last)
+        tl.store(counters_ptr + TIE_NEED, wanted - above)
+    lowest = tl.where(crowded, last + 1, last)
+    for start in range(begin, count, tl.num_programs(0) * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        key = tl.load(keys_ptr + request * capacity + place, mask=place < count, other=NO_KEY)
+        take = (key != NO_KEY) & (bin_of(key) >= lowest)
+        ones = take.to(tl.int32)
+        number = tl.sum(ones, axis=0)
+        if number > 0:
+            base = tl.atomic_add(counters_ptr + CANDIDATES, number, sem="relaxed")
+            out = base + tl.cumsum(ones, axis=0) - ones
+            tl.store(candidates_ptr + request * room + out, key, mask=take & (out < room))
+
+
+@triton.jit
+def _digits(key):
+    """Keys as unsigned numbers of the same order."""
+    return (key ^ _SIGN).to(tl.uint64)
+
+
+@triton.jit(do_not_specialize=["capacity", "room"])
+def tie_kernel(keys_ptr, counters_ptr, candidates_ptr, capacity, room, COUNTERS_: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """Add the best keys of a bin that does not fit as a whole; one program a request."""
+    request = tl.program_id(0).to(tl.int64)
+    counters_ptr += request * COUNTERS_
+    need = tl.load(counters_ptr + TIE_NEED)
+    if need <= 0:
+        return
+    tie_bin = tl.load(counters_ptr + TIE_BIN)
+    count = tl.minimum(tl.load(counters_ptr + CURSOR), capacity)
+    keys_ptr += request * capacity
+    digits = tl.arange(0, 256)
+    known = tl.full((1,), 0, tl.uint64)
+    for step in range(8):
+        shift = tl.full((1,), 56, tl.uint64) - step * 8
+        total = tl.zeros((256,), tl.int32)
+        for start in range(0, count, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            key = tl.load(keys_ptr + place, mask=place < count, other=NO_KEY)
+            number = _digits(key)
+            # Shifted twice: a shift by all 64 bits is undefined.
+            same = ((number >> shift) >> 8) == ((known >> shift) >> 8)
+            mask = (key != NO_KEY) & (bin_of(key) == tie_bin) & same
+            digit = ((number >> shift) & 255).to(tl.int32)
+            total += tl.histogram(digit, 256, mask=mask)
+        reached = tl.cumsum(total, axis=0, reverse=True)
+        last = tl.sum((reached >= need).to(tl.int32), axis=0) - 1
+        need -= tl.sum(tl.where(digits == last, reached - total, 0), axis=0)
+        known += last.to(tl.uint64) << shift
+    filled = tl.load(counters_ptr + CANDIDATES)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        key = tl.load(keys_ptr + place, mask=place < count, other=NO_KEY)
+        take = (key != NO_KEY) & (bin_of(key) == tie_bin) & (_digits(key) >= known)
+        ones = take.to(tl.int32)
+        out = filled + tl.cumsum(ones, axis=0) - ones
+        tl.store(candidates_ptr + request * room + out, key, mask=take & (out < room))
+        filled += tl.sum(ones, axis=0)
+    tl.store(counters_ptr + CANDIDATES, filled)
+
+
+@triton.jit(do_not_specialize=["room", "width", "depth", "copies"])
+def rank_kernel(table_ptr, candidates_ptr, counters_ptr, histogram_ptr, logits_ptr, rows_ptr,
+                beam_width_ptr, temperature_ptr, nodes_ptr, scores_ptr, log_probs_ptr,
+                ancestors_ptr, new_nodes_ptr, new_parents_ptr, new_codes_ptr, new_scores_ptr,
+                new_code_scores_ptr, new_log_probs_ptr, new_perturbed_ptr, new_ancestors_ptr,
+                alive_ptr, logits_batch, logits_beam, room, width, depth, copies,
+                histogram_row, COMPACT: tl.constexpr,
+                DIRECT: tl.constexpr, LEVELS: tl.constexpr, COUNTERS_: tl.constexpr,
+                BINS_: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Rank OWN keys of `candidates` (B, room), write the beams at their slots; fill dead slots.
+
+    DIRECT: the candidates are all the pairs, with NO_KEY among them.
+    """
+    request = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    counters_ptr += request * COUNTERS_
+    count = tl.load(counters_ptr + (CURSOR if DIRECT else CANDIDATES))
+    count = tl.minimum(count, room)
+    if not DIRECT:
+        # The next step finds an empty histogram.
+        histogram_ptr += request * histogram_row
+        for bin_ in range(part * 256, copies * BINS_, tl.num_programs(0) * 256):
+            tl.store(histogram_ptr + bin_ + tl.arange(0, 256), 0)
+    own = part * OWN + tl.arange(0, OWN)
+    if (part * OWN >= count) & (part * OWN >= width):
+        return
+    candidates_ptr += request * room
+    key = tl.load(candidates_ptr + own, mask=own < count, other=NO_KEY)
+    rank = tl.zeros((OWN,), tl.int32)
+    real = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        other = tl.load(candidates_ptr + place, mask=place < count, other=NO_KEY)
+        rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), axis=1)
+        if DIRECT:
+            real += (other != NO_KEY).to(tl.int32)
+    found = tl.sum(real, axis=0) if DIRECT else count
+    wanted = tl.load(beam_width_ptr + request)
+    alive = tl.minimum(found, wanted)
+    if part == 0:
+        tl.store(alive_ptr + request, alive)
+
+    take = (key != NO_KEY) & (rank < alive)
+    pair = ((key & LOW32) ^ LOW32).to(tl.int32)
+    beam = tl.where(take, pair >> 16, 0)
+    slot = pair & 0xFFFF
+    row = request * width + beam
+    node = tl.load(nodes_ptr + row, mask=take, other=0)
+    edge = tl.load(row_ptrs_of(table_ptr) + node, mask=take, other=0) + slot
+    code = tl.load(codes_of(table_ptr) + edge, mask=take, other=0).to(tl.int32) & 0xFFFF
+    logits_row = request * logits_batch + beam.to(tl.int64) * logits_beam
+    if COMPACT:
+        logit = tl.load(logits_ptr + logits_row + slot, mask=take, other=0.0).to(tl.float32)
+    else:
+        logit = tl.load(logits_ptr + logits_row + code, mask=take, other=0.0).to(tl.float32)
+    code_score = logit - tl.load(rows_ptr + row * 4, mask=take, other=0.0)
+    score = tl.load(scores_ptr + row, mask=take, other=0.0) + code_score
+    temperature = tl.load(temperature_ptr + request)
+    log_prob = tl.zeros((OWN,), tl.float32)
+    perturbed = tl.zeros((OWN,), tl.float32)
+    if temperature > 0:
+        heat = tl.load(rows_ptr + row * 4 + 1, mask=take, other=0.0)
+        log_prob = tl.load(log_probs_ptr + row, mask=take, other=0.0)
+        log_prob += logit / temperature - heat
+        order = (key >> 32).to(tl.int32)
+        perturbed = (order ^ ((order >> 31) & _LOW31)).to(tl.float32, bitcast=True)
+
+    to = request * width + rank
+    tl.store(new_nodes_ptr + to, edge + 1, mask=take)
+    tl.store(new_parents_ptr + to, beam, mask=take)
+    tl.store(new_codes_ptr + to, code, mask=take)
+    tl.store(new_scores_ptr + to, score, mask=take)
+    tl.store(new_code_scores_ptr + to, code_score, mask=take)
+    tl.store(new_log_probs_ptr + to, log_prob, mask=take)
+    tl.store(new_perturbed_ptr + to, perturbed, mask=take)
+    dead = (own >= alive) & (own < width)
+    gone = request * width + own
+    tl.store(new_nodes_ptr + gone, 0, mask=dead)
+    tl.store(new_parents_ptr + gone, 0, mask=dead)
+    tl.store(new_codes_ptr + gone, 0, mask=dead)
+    tl.store(new_scores_ptr + gone, NEG, mask=dead)
+    tl.store(new_code_scores_ptr + gone, NEG, mask=dead)
+    tl.store(new_log_probs_ptr + gone, NEG, mask=dead)
+    tl.store(new_perturbed_ptr + gone, NEG, mask=dead)
+    for level in tl.static_range(LEVELS):
+        past = take & (level < depth)
+        through = tl.load(ancestors_ptr + row * LEVELS + level, mask=past, other=0)
+        through = tl.where(level == depth, rank, through)
+        tl.store(new_ancestors_ptr + to * LEVELS + level, through, mask=take)
+        tl.store(new_ancestors_ptr + gone * LEVELS + level, 0, mask=dead)

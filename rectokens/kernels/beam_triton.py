@@ -1,0 +1,301 @@
+# Triton gives kernels no types; parameters are pointers, tensors of the shapes stated, constants.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202
+"""Triton kernels of the beam step on static buffers: pairs, their scores and their keys.
+
+A (beam, child) pair is one int64 key, larger is better and no two are equal: above, the float32
+bits of what orders the search (the score, or the perturbed score), turned so that they sort as
+integers; below, the pair's place in the order of ties, 13 bits of slot and 16 bits of child.
+
+`score_kernel` computes the keys of all pairs and appends them to the request's list. Where each
+row's children fit one tile it finds the row's normalisers by itself; otherwise `stats_kernel`
+finds them first, and a row is cut into tiles that know nothing of each other. The order of the
+list depends on which program came first; nothing that is made of it does
+(`beam_select_triton` beside this).
+"""
+
+from rectokens.kernels.beam_filters_triton import filters_of, not_filtered
+from rectokens.kernels.beam_tables_triton import codes_of, row_ptrs_of
+from rectokens.kernels.optional_triton import tl, triton
+from rectokens.kernels.selection_triton import gumbel_of_bits, node_hash_of
+
+BINS = 4096
+COUNTERS = 4
+CURSOR = tl.constexpr(0)
+CANDIDATES = tl.constexpr(1)
+TIE_BIN = tl.constexpr(2)
+TIE_NEED = tl.constexpr(3)
+NO_KEY = tl.constexpr(-(1 << 63))
+LOW32 = tl.constexpr(0xFFFFFFFF)
+NEG = tl.constexpr(float("-inf"))
+_LOW31 = tl.constexpr(0x7FFFFFFF)
+_QUIET_NAN = tl.constexpr(0x7FC00000)
+_HALF = tl.constexpr(BINS // 2)
+# Bins are 1/128 of an octave, 2^-6 <= |value| < 2^10; what is outside falls into the end bins.
+_FIRST_OCTAVE = tl.constexpr((127 - 6) * 128)
+_VOCAB = tl.constexpr(0)
+_LEVEL = tl.constexpr(1)
+
+
+@triton.jit
+def finite(x):
+    """Neither infinite nor NaN."""
+    return (x > float("-inf")) & (x < float("inf"))
+
+
+@triton.jit
+def key_of(ranking, beam, slot):
+    """The key of a pair; NaN sorts above all, minus zero is zero."""
+    bits = tl.where(ranking == 0.0, 0.0, ranking).to(tl.int32, bitcast=True)
+    bits = tl.where(ranking == ranking, bits, _QUIET_NAN)
+    order = bits ^ ((bits >> 31) & _LOW31)
+    place = (beam.to(tl.int64) << 16) | slot.to(tl.int64)
+    return (order.to(tl.int64) << 32) | (place ^ LOW32)
+
+
+@triton.jit
+def bin_of(key):
+    """Monotone in the key, 0 to BINS - 1."""
+    top = (key >> 48).to(tl.int32)
+    over = tl.minimum(tl.maximum(top - _FIRST_OCTAVE, 0), _HALF - 1)
+    under = tl.minimum(tl.maximum(-1 - top - _FIRST_OCTAVE, 0), _HALF - 1)
+    return tl.where(top >= 0, _HALF + over, _HALF - 1 - under)
+
+
+@triton.jit
+def _children(table_ptr, logits_ptr, logits_row, first, slot, there, COMPACT: tl.constexpr):
+    """Child nodes, and their logits with NaN and +inf as -inf; whether there was one."""
+    edge = first + slot
+    if COMPACT:
+        logit = tl.load(logits_ptr + logits_row + slot, mask=there, other=NEG)
+    else:
+        code = tl.load(codes_of(table_ptr) + edge, mask=there, other=0).to(tl.int32) & 0xFFFF
+        logit = tl.load(logits_ptr + logits_row + code, mask=there, other=NEG)
+    logit = logit.to(tl.float32)
+    bad = there & ((logit != logit) | (logit == float("inf")))
+    return edge + 1, tl.where(bad, NEG, logit), bad
+
+
+@triton.jit
+def _merge(peak, total, values):
+    """Running maximum and sum of exponentials of rows, with one more tile (rows, block)."""
+    higher = tl.maximum(peak, tl.max(values, axis=1))
+    safe = tl.where(higher == NEG, 0.0, higher)
+    total = total * tl.exp(peak - safe) + tl.sum(tl.exp(values - safe[:, None]), axis=1)
+    return higher, total
+
+
+@triton.jit
+def _log_sum(peak, total):
+    return tl.where(peak == NEG, 0.0, peak) + tl.log(total)
+
+
+@triton.jit
+def _given_norm(log_norm, kind, place, live, logits_ptr, logits_row, vocab_ptr, level_ptr,
+                codebook_size, HAS_VOCAB: tl.constexpr, HAS_LEVEL: tl.constexpr,
+                COMPACT: tl.constexpr, ROWS: tl.constexpr, LEVEL_BLOCK: tl.constexpr):  # fmt: skip
+    """The rows' normaliser under the request's rule, given the one over the children."""
+    if kind == _VOCAB:
+        log_norm = tl.full((ROWS,), float("nan"), tl.float32)
+        if HAS_VOCAB:
+            log_norm = tl.load(vocab_ptr + place, mask=live, other=0.0).to(tl.float32)
+    if kind == _LEVEL:
+        log_norm = tl.full((ROWS,), float("nan"), tl.float32)
+        if HAS_LEVEL:
+            log_norm = tl.load(level_ptr + place, mask=live, other=0.0).to(tl.float32)
+        elif not COMPACT:
+            peak = tl.full((ROWS,), NEG, tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            for start in range(0, codebook_size, LEVEL_BLOCK):
+                code = start + tl.arange(0, LEVEL_BLOCK)
+                inside = live[:, None] & (code < codebook_size)[None, :]
+                values = tl.load(logits_ptr + logits_row[:, None] + code[None, :],
+                                 mask=inside, other=NEG)  # fmt: skip
+                peak, total = _merge(peak, total, values.to(tl.float32))
+            log_norm = _log_sum(peak, total)
+    return log_norm
+
+
+@triton.jit
+def _noisy(logit, allowed, heat, temperature, parent_log_prob, seed, child):
+    """Log-probability at the temperature, plus the child's own Gumbel value."""
+    log_prob = parent_log_prob + (logit / temperature - heat)
+    noise = gumbel_of_bits(node_hash_of(seed, child.to(tl.int64))).to(tl.float32)
+    return tl.where(allowed, log_prob + noise, NEG)
+
+
+@triton.jit
+def _conditioned(noisy, largest, allowed, parent):
+    """Gumbel values shifted so that the largest of the siblings is the parent's.
+
+    The stable form of Kool et al., appendix B.3; float64 stands in for expm1 and log1p.
+    """
+    gap = tl.where(allowed, noisy - largest, -1.0).to(tl.float64)
+    v = (parent - noisy).to(tl.float64) + tl.log(1.0 - tl.exp(gap))
+    shifted = parent.to(tl.float64) - tl.maximum(v, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(v)))
+    return shifted.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["width_in", "width", "codebook_size"])
+def stats_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, logits_ptr, vocab_ptr, level_ptr,
+                 beam_width_ptr, normalization_ptr, temperature_ptr, seed_ptr, prefixes_ptr,
+                 allow_list_ptr, exclusions_ptr, exclusion_start_ptr, exclusion_end_ptr,
+                 exclusion_counts_ptr, poisoned_ptr, rows_ptr, logits_batch, logits_beam, width_in,
+                 width, codebook_size, BELOW: tl.constexpr, COMPACT: tl.constexpr,
+                 HAS_VOCAB: tl.constexpr, HAS_LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+                 LEVEL_BLOCK: tl.constexpr):  # fmt: skip
+    """Of one row: log-normaliser, the one at the temperature, largest noisy child; (B, W, 4)."""
+    beam = tl.program_id(0) + tl.zeros((1,), tl.int32)
+    request = tl.program_id(1).to(tl.int64)
+    score = tl.load(scores_ptr + request * width + beam)
+    live = finite(score) & (tl.load(beam_width_ptr + request) > 0)
+    if tl.max(live.to(tl.int32), axis=0) == 0:
+        return
+    row_ptrs = row_ptrs_of(table_ptr)
+    node = tl.load(nodes_ptr + request * width + beam)
+    first = tl.load(row_ptrs + node)
+    count = tl.load(row_ptrs + node + 1) - first
+    children = tl.max(count, axis=0)
+    logits_row = request * logits_batch + beam.to(tl.int64) * logits_beam
+
+    peak = tl.full((1,), NEG, tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    for start in range(0, children, BLOCK):
+        slot = start + tl.arange(0, BLOCK)[None, :]
+        there = slot < children
+        _, logit, bad = _children(table_ptr, logits_ptr, logits_row[:, None], first[:, None], slot,
+                                  there, COMPACT)  # fmt: skip
+        if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
+            tl.store(poisoned_ptr + request, 1)
+        peak, total = _merge(peak, total, logit)
+    log_norm = _given_norm(
+        _log_sum(peak, total), tl.load(normalization_ptr + request), request * width_in + beam,
+        live, logits_ptr, logits_row, vocab_ptr, level_ptr, codebook_size, HAS_VOCAB, HAS_LEVEL,
+        COMPACT, 1, LEVEL_BLOCK)  # fmt: skip
+    out = rows_ptr + (request * width + beam) * 4
+    tl.store(out, log_norm)
+
+    temperature = tl.load(temperature_ptr + request)
+    if temperature > 0:
+        prefix, listed, start_, counts_ptr, excluded = filters_of(
+            request, prefixes_ptr, allow_list_ptr, exclusion_start_ptr, exclusion_end_ptr,
+            exclusion_counts_ptr)  # fmt: skip
+        seed = tl.load(seed_ptr + request)
+        parent_log_prob = tl.load(log_probs_ptr + request * width + beam)
+        peak = tl.full((1,), NEG, tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        for start in range(0, children, BLOCK):
+            slot = start + tl.arange(0, BLOCK)[None, :]
+            there = slot < children
+            child, logit, _ = _children(table_ptr, logits_ptr, logits_row[:, None],
+                                        first[:, None], slot, there, COMPACT)  # fmt: skip
+            allowed = there & finite(score[:, None] + (logit - log_norm[:, None]))
+            allowed = not_filtered(child, allowed, table_ptr, prefix, listed, exclusions_ptr,
+                                   counts_ptr, start_, excluded, BELOW)  # fmt: skip
+            peak, total = _merge(peak, total, tl.where(allowed, logit / temperature, NEG))
+        heat = _log_sum(peak, total)
+        largest = tl.full((1,), NEG, tl.float32)
+        for start in range(0, children, BLOCK):
+            slot = start + tl.arange(0, BLOCK)[None, :]
+            there = slot < children
+            child, logit, _ = _children(table_ptr, logits_ptr, logits_row[:, None],
+                                        first[:, None], slot, there, COMPACT)  # fmt: skip
+            allowed = there & finite(score[:, None] + (logit - log_norm[:, None]))
+            allowed = not_filtered(child, allowed, table_ptr, prefix, listed, exclusions_ptr,
+                                   counts_ptr, start_, excluded, BELOW)  # fmt: skip
+            noisy = _noisy(logit, allowed, heat[:, None], temperature, parent_log_prob[:, None],
+                           seed, child)  # fmt: skip
+            largest = tl.maximum(largest, tl.max(noisy, axis=1))
+        tl.store(out + 1, heat)
+        tl.store(out + 2, largest)
+
+
+@triton.jit(do_not_specialize=["width_in", "width", "codebook_size", "capacity", "copies"])
+def score_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, perturbed_ptr, logits_ptr,
+                 vocab_ptr, level_ptr, beam_width_ptr, normalization_ptr, temperature_ptr,
+                 seed_ptr, prefixes_ptr, allow_list_ptr, exclusions_ptr, exclusion_start_ptr,
+                 exclusion_end_ptr, exclusion_counts_ptr, poisoned_ptr, rows_ptr, keys_ptr,
+                 counters_ptr, histogram_ptr, logits_batch, logits_beam, width_in, width,
+                 codebook_size, capacity, copies, histogram_row, BELOW: tl.constexpr,
+                 COMPACT: tl.constexpr, HAS_VOCAB: tl.constexpr,
+                 HAS_LEVEL: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
+                 COUNTERS_: tl.constexpr, BINS_: tl.constexpr):  # fmt: skip
+    """Keys of a tile of pairs, (ROWS, BLOCK), appended to `keys` (B, capacity).
+
+    WHOLE: the tile holds all children of its rows. COUNT: also add up the bins of the keys.
+    """
+    request = tl.program_id(2).to(tl.int64)
+    beam = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = 0 if WHOLE else tl.program_id(1) * BLOCK
+    row = request * width + beam
+    score = tl.load(scores_ptr + row, mask=beam < width_in, other=NEG)
+    live = finite(score) & (tl.load(beam_width_ptr + request) > 0)
+    if tl.max(live.to(tl.int32), axis=0) == 0:
+        return
+    row_ptrs = row_ptrs_of(table_ptr)
+    node = tl.load(nodes_ptr + row, mask=live, other=0)
+    first = tl.load(row_ptrs + node, mask=live, other=0)
+    count = tl.load(row_ptrs + node + 1, mask=live, other=0) - first
+    # A tile takes a part of each row's children.
+    count = tl.minimum(tl.maximum(count - start, 0), BLOCK)
+    pairs = tl.sum(count, axis=0)
+    if pairs == 0:
+        return
+    offset = tl.arange(0, BLOCK)[None, :]
+    slot = start + offset
+    there = offset < count[:, None]
+    logits_row = request * logits_batch + beam.to(tl.int64) * logits_beam
+    child, logit, bad = _children(table_ptr, logits_ptr, logits_row[:, None], first[:, None], slot,
+                                  there, COMPACT)  # fmt: skip
+    prefix, listed, start_, counts_ptr, excluded = filters_of(
+        request, prefixes_ptr, allow_list_ptr, exclusion_start_ptr, exclusion_end_ptr,
+        exclusion_counts_ptr)  # fmt: skip
+    out = rows_ptr + row * 4
+    if WHOLE:
+        if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
+            tl.store(poisoned_ptr + request, 1)
+        peak = tl.full((ROWS,), NEG, tl.float32)
+        peak, total = _merge(peak, tl.zeros((ROWS,), tl.float32), logit)
+        log_norm = _given_norm(
+            _log_sum(peak, total), tl.load(normalization_ptr + request), request * width_in + beam,
+            live, logits_ptr, logits_row, vocab_ptr, level_ptr, codebook_size, HAS_VOCAB, HAS_LEVEL,
+            COMPACT, ROWS, LEVEL_BLOCK)  # fmt: skip
+        tl.store(out, log_norm, mask=live)
+    else:
+        log_norm = tl.load(out, mask=live, other=0.0)
+    ranking = score[:, None] + (logit - log_norm[:, None])
+    allowed = not_filtered(child, there & finite(ranking), table_ptr, prefix, listed,
+                           exclusions_ptr, counts_ptr, start_, excluded, BELOW)  # fmt: skip
+
+    temperature = tl.load(temperature_ptr + request)
+    if temperature > 0:
+        seed = tl.load(seed_ptr + request)
+        parent_log_prob = tl.load(log_probs_ptr + row, mask=live, other=0.0)
+        parent = tl.load(perturbed_ptr + row, mask=live, other=0.0)
+        if WHOLE:
+            peak = tl.full((ROWS,), NEG, tl.float32)
+            heated = tl.where(allowed, logit / temperature, NEG)
+            peak, total = _merge(peak, tl.zeros((ROWS,), tl.float32), heated)
+            heat = _log_sum(peak, total)
+            tl.store(out + 1, heat, mask=live)
+            noisy = _noisy(logit, allowed, heat[:, None], temperature, parent_log_prob[:, None],
+                           seed, child)  # fmt: skip
+            largest = tl.max(noisy, axis=1)
+        else:
+            heat = tl.load(out + 1, mask=live, other=0.0)
+            noisy = _noisy(logit, allowed, heat[:, None], temperature, parent_log_prob[:, None],
+                           seed, child)  # fmt: skip
+            largest = tl.load(out + 2, mask=live, other=0.0)
+        ranking = _conditioned(noisy, largest[:, None], allowed, parent[:, None])
+
+    key = key_of(ranking, beam[:, None], slot)
+    base = tl.atomic_add(counters_ptr + request * COUNTERS_ + CURSOR, pairs, sem="relaxed")
+    place = base + (tl.cumsum(count, axis=0) - count)[:, None] + offset
+    tl.store(keys_ptr + request * capacity + place, tl.where(allowed, key, NO_KEY),
+             mask=there & (place < capacity))  # fmt: skip
+    if COUNT:
+        # Programs take turns at several copies, so that they queue less at the fullest bins.
+        copy = (tl.program_id(0) + tl.program_id(1)) % copies
+        histogram_ptr += request * histogram_row + copy * BINS_
+        tl.atomic_add(histogram_ptr + bin_of(key), 1, mask=allowed, sem="relaxed")
