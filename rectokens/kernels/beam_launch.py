@@ -241,7 +241,8 @@ def _score(
         scratch.keys, scratch.counters[depth], scratch.histogram, *sizes, scratch.keys.shape[1],
         max(copies, 1), scratch.histogram.stride(0), **forms, WHOLE=whole, COUNT=copies > 0,
         ROWS=rows, BLOCK=block, LEVEL_BLOCK=max(1024 // rows, 16),
-        COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS, num_warps=max(1, min(8, rows * block // 128)))  # fmt: skip
+        COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS,
+        num_warps=max(1, min(8, rows * block // 128)))  # fmt: skip
 
 
 def _copies(level: LevelShape, settings: StepSettings) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rectokens.decoding.device_tables import StepShapes
-from rectokens.ops.beam_step import begin_search_, beam_step_, child_logits, finish_search_
+from rectokens.ops.beam_step import beam_step_, begin_search_, child_logits, finish_search_
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest
 from tests.rectokens.ops.beam_cases import (
