@@ -144,40 +144,63 @@ def check_steps(search: Search, trie, requests, logits, norms) -> None:
 def check_step(buffers: BeamBuffers, deeper: int, wanted: BeamStep, stochastic: Tensor) -> None:
     """Equal but for the order of beams whose ranking is closer than CLOSE, boundary included."""
     batch, width = wanted.codes.shape
-    alive = buffers.alive[deeper, :batch]
-    assert torch.equal(alive.long(), wanted.alive)
     found = buffers.at(deeper)
-    ranking = torch.where(stochastic[:, None], wanted.beams.perturbed, wanted.beams.scores)
-    mine = torch.where(stochastic[:, None], found.perturbed[:batch], found.scores[:batch])
-    near(mine[:, :width], ranking)
-    codes, parents = buffers.codes[deeper, :batch], buffers.parents[deeper, :batch]
-    code_scores = buffers.code_scores[deeper, :batch]
-    for row in range(batch):
-        live = int(alive[row])
-        dead = slice(live, None)
-        assert torch.isneginf(found.scores[row, dead]).all()
-        assert torch.isneginf(code_scores[row, dead]).all()
-        assert torch.isneginf(found.log_probs[row, dead]).all()
-        assert torch.isneginf(found.perturbed[row, dead]).all()
-        for tensor in (found.nodes[row], codes[row], parents[row], buffers.ancestors[deeper, row]):
-            assert not tensor[dead].any()
-        theirs = {int(node): slot for slot, node in enumerate(wanted.beams.nodes[row, :live])}
-        last = float(ranking[row, live - 1]) if live else 0.0
-        assert len(set(found.nodes[row, :live].tolist())) == live
-        for slot in range(live):
-            node = int(found.nodes[row, slot])
-            if node not in theirs:  # swapped with one beyond the boundary
-                assert abs(float(mine[row, slot]) - last) < CLOSE
-                continue
-            other = theirs[node]
-            assert abs(float(ranking[row, other]) - float(ranking[row, slot])) < CLOSE
-            assert codes[row, slot] == wanted.codes[row, other]
-            assert parents[row, slot] == wanted.parents[row, other]
-            near(found.scores[row, slot], wanted.beams.scores[row, other])
-            near(code_scores[row, slot], wanted.code_scores[row, other])
-            if bool(stochastic[row]):
-                near(found.log_probs[row, slot], wanted.beams.log_probs[row, other])
+    whole = {
+        **{name: getattr(found, name) for name in ("nodes", "scores", "log_probs", "perturbed")},
+        "codes": buffers.codes[deeper],
+        "parents": buffers.parents[deeper],
+        "code_scores": buffers.code_scores[deeper],
+        "ancestors": buffers.ancestors[deeper],
+    }
+    alive = buffers.alive[deeper, :batch].cpu().long()
+    assert torch.equal(alive, wanted.alive.cpu())
+    mine = {name: tensor[:batch].cpu() for name, tensor in whole.items()}
+    theirs = {
+        **{name: getattr(wanted.beams, name).cpu() for name in ("nodes", "scores", "log_probs")},
+        **{name: getattr(wanted, name).cpu() for name in ("codes", "parents", "code_scores")},
+    }
+    noisy = stochastic.cpu()[:, None]
+    ranking = torch.where(noisy, wanted.beams.perturbed.cpu(), theirs["scores"])
+    order = torch.where(noisy, mine["perturbed"], mine["scores"])
+    near(order[:, :width], ranking)
+    for row, live in enumerate(alive.tolist()):
+        for tensor in mine.values():
+            dead = tensor[row, live:]
+            assert (torch.isneginf(dead) if dead.is_floating_point() else dead == 0).all()
+        check_row(
+            {name: tensor[row, :live] for name, tensor in mine.items()},
+            {name: tensor[row, :live] for name, tensor in theirs.items()},
+            order[row, :live],
+            ranking[row, :live],
+            bool(noisy[row]),
+        )
     check_ancestors(buffers, deeper, batch)
+
+
+def check_row(
+    mine: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    order: Tensor,
+    ranking: Tensor,
+    noisy: bool,
+) -> None:
+    """The live beams of one request."""
+    # Best first; equal ones by parent, then by code.
+    places = mine["parents"] * (1 << 16) + mine["codes"]
+    falls = order[1:] < order[:-1]
+    assert (falls | ((order[1:] == order[:-1]) & (places[1:] > places[:-1]))).all()
+    nodes, back = theirs["nodes"].sort()
+    assert mine["nodes"].unique().numel() == mine["nodes"].numel()
+    at = torch.searchsorted(nodes, mine["nodes"]).clamp(max=max(len(nodes) - 1, 0))
+    met = nodes[at] == mine["nodes"]
+    # What only one of the two has, was swapped with one beyond the boundary.
+    assert ((order[~met] - ranking[-1:]).abs() < CLOSE).all()
+    other = back[at[met]]
+    assert ((ranking[other] - ranking[met]).abs() < CLOSE).all()
+    assert torch.equal(mine["codes"][met].long(), theirs["codes"][other])
+    assert torch.equal(mine["parents"][met].long(), theirs["parents"][other])
+    for name in ("scores", "code_scores", *(["log_probs"] if noisy else [])):
+        near(mine[name][met], theirs[name][other])
 
 
 def check_ancestors(buffers: BeamBuffers, depth: int, batch: int) -> None:
