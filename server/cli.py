@@ -1,4 +1,4 @@
-"""The command line: ``python -m server serve | proxy | demo | settings-doc``, and jobs.
+"""The command line: ``python -m server serve | batch | proxy | demo | ...``.
 
 Commands import what they need when they run, so that ``--help`` and a refused setting are quick.
 """
@@ -149,6 +149,42 @@ def demo(
                 f"\nready; try:\n\n  {curl_example(result.data, base_url)}\n", flush=True
             ),
         )
+
+
+@app.command()
+@with_setting_flags
+def batch(
+    flags: dict[str, Any],
+    users: Annotated[
+        Path, typer.Option("--in", help="Parquet file with columns user_id and history.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards and the summary.")],
+    shard_rows: Annotated[int, typer.Option(min=1, help="Users in a shard.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the samples, at temperatures above 0.")] = 0,
+) -> None:
+    """Recommend to all users of a file: --in FILE --out DIR and what `serve` takes to serve.
+
+    What every user gets is in the defaults: --defaults.top-k and so on. A run that was
+    interrupted goes on when the command is given again. See docs/offline.md.
+
+    Exit code: 0 when all users are done, 1 if the file, the folder or the release cannot be
+    used or the device fails, 2 for a setting that is unknown or not allowed.
+    """
+    settings = settings_or_exit(flags)
+    if settings.release is None and (settings.model is None or settings.catalog is None):
+        fail("nothing to search; give --release, or --model and --catalog", USAGE_ERROR)
+
+    from server.engine.types import EngineBrokenError
+    from server.offline.command import run_offline
+    from server.offline.errors import OfflineError
+    from server.release import ReleaseError
+
+    try:
+        run_offline(settings, users, out, shard_rows=shard_rows, seed=seed)
+    except (OfflineError, ReleaseError, OSError) as error:
+        fail(str(error), 1)
+    except EngineBrokenError as error:
+        fail(f"the device has failed: {error}; give the command again to go on", 1)
 
 
 @app.command("settings-doc")
