@@ -31,6 +31,7 @@ __all__ = [
     "PromptEmbedsTooLargeError",
     "dump_payload",
     "dump_tensor",
+    "load_payload",
     "load_prompt_embeds",
     "load_prompt_embeds_list",
 ]
@@ -130,13 +131,50 @@ def load_prompt_embeds(
         PromptEmbedsTooLargeError: more bytes or tokens than allowed.
         PromptEmbedsError: anything else that is wrong with `data`.
     """
-    archive = _decode_base64(data, max_bytes)
-    members = read_members(archive, max_bytes=max_bytes)
-    value = describe(bytes(members["data.pkl"]))
+    members, value = _read(data, max_bytes)
     if isinstance(value, TensorDescription):
         return _load_plain(value, members, hidden_size, max_tokens).to(device)
-    if type(value) is dict:
-        return _load_compressed(value, members, hidden_size, max_tokens, torch.device(device))
+    return _load_compressed(value, members, hidden_size, max_tokens, torch.device(device))
+
+
+def load_payload(
+    data: str | bytes, *, hidden_size: int, max_tokens: int, max_bytes: int
+) -> Tensor | None:
+    """The embeddings in a compressed `prompt_embeds` field; None for a plain tensor.
+
+    For programs that have a loader of their own for plain tensors. Of these the container, the
+    pickle and the storage have then passed the checks of `load_prompt_embeds`; type, shape and
+    values are left to that loader.
+
+    Args:
+        data: base64 of `torch.save` of a tensor or of a `TurboQuantPayload`; hostile until checked.
+        hidden_size: of the model that will read them.
+        max_tokens: most tokens accepted in a payload.
+        max_bytes: most bytes accepted, after base64.
+
+    Returns:
+        Float32 `(num_tokens, hidden_size)` on the CPU, or None.
+
+    Raises:
+        PromptEmbedsTooLargeError: more bytes or tokens than allowed.
+        PromptEmbedsError: anything else that is wrong with `data`.
+    """
+    members, value = _read(data, max_bytes)
+    if isinstance(value, TensorDescription):
+        check_dense("the embedding tensor", value, members)
+        check_members_used({"embeddings": value}, members)
+        return None
+    return _load_compressed(value, members, hidden_size, max_tokens, torch.device("cpu"))
+
+
+def _read(
+    data: str | bytes, max_bytes: int
+) -> tuple[Mapping[str, memoryview], TensorDescription | dict[str, Any]]:
+    """The archive's members, and the description of the one value it may hold."""
+    members = read_members(_decode_base64(data, max_bytes), max_bytes=max_bytes)
+    value = describe(bytes(members["data.pkl"]))
+    if isinstance(value, TensorDescription) or type(value) is dict:
+        return members, value
     raise PromptEmbedsError("prompt_embeds must hold a tensor or a TurboQuant payload")
 
 

@@ -56,14 +56,15 @@ def _cell_table(dim: int, bits: int) -> _CellTable:
 
 
 def _magnitude_by_comparison(
-    magnitudes: npt.NDArray[np.float32], boundaries: npt.NDArray[np.float32]
-) -> npt.NDArray[np.uint8]:
-    count = np.zeros(magnitudes.shape, dtype=np.uint8)
-    above = np.empty(magnitudes.shape, dtype=np.bool_)
-    for boundary in boundaries:
-        np.greater(magnitudes, boundary, out=above)
-        np.add(count, above.view(np.uint8), out=count)
-    return count
+    magnitudes: npt.NDArray[np.float32],
+    boundaries: npt.NDArray[np.float32],
+    count: npt.NDArray[np.uint8],
+    above: npt.NDArray[np.uint8],
+) -> None:
+    np.greater(magnitudes, boundaries[0], out=count.view(np.bool_))
+    for boundary in boundaries[1:]:
+        np.greater(magnitudes, boundary, out=above.view(np.bool_))
+        np.add(count, above, out=count)
 
 
 def _magnitude_by_cell(magnitudes: Tensor, table: _CellTable) -> Tensor:
@@ -76,11 +77,32 @@ def _magnitude_by_cell(magnitudes: Tensor, table: _CellTable) -> Tensor:
     return count + (magnitudes > inside)
 
 
-def assign(y: Tensor, dim: int, bits: int) -> Tensor:
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that `assign` and `pack` overwrite: float32 `(n, k)`, and three uint8 `(n, k)`.
+
+    Small arrays made anew for every group of rows would cost as much as the work on them.
+    """
+
+    floats: Tensor
+    bytes: Tensor
+
+    @classmethod
+    def like(cls, y: Tensor) -> "Scratch":
+        """Of the size of `y`, `(n, k)`."""
+        return cls(torch.empty_like(y), y.new_empty((3, *y.shape), dtype=torch.uint8))
+
+    def first(self, rows: int) -> "Scratch":
+        """The part for the first `rows`."""
+        return Scratch(self.floats[:rows], self.bytes[:, :rows])
+
+
+def assign(y: Tensor, dim: int, bits: int, scratch: Scratch | None = None) -> Tensor:
     """Index of the nearest centroid.
 
     Args:
         y: float32 `(n, k)`, in units of `1 / sqrt(dim)`.
+        scratch: where to work on a CPU; the answer then lies there.
 
     Returns:
         uint8 `(n, k)`.
@@ -90,10 +112,16 @@ def assign(y: Tensor, dim: int, bits: int) -> Tensor:
     if y.device.type != "cpu":
         count = torch.bucketize(y.abs(), torch.from_numpy(boundaries).to(y.device), out_int32=True)
         return (count.to(torch.uint8)) ^ torch.where(y > 0, half, half - 1).to(torch.uint8)
-    if boundaries.size <= _MAX_COMPARED_BOUNDARIES:
-        count = torch.from_numpy(_magnitude_by_comparison(y.abs().numpy(), boundaries))
-    else:
-        count = _magnitude_by_cell(y.abs(), _cell_table(dim, bits))
+    scratch = scratch or Scratch.like(y)
+    index, count, above = scratch.bytes.numpy()
     # half - 1 has all magnitude bits set: for a negative value the exclusive-or mirrors them.
-    flip = np.add(np.greater(y.numpy(), 0).view(np.uint8), np.uint8(half - 1))
-    return count ^ torch.from_numpy(flip)
+    np.greater(y.numpy(), 0, out=index.view(np.bool_))
+    np.add(index, np.uint8(half - 1), out=index)
+    if boundaries.size:
+        magnitudes = torch.abs(y, out=scratch.floats)
+        if boundaries.size <= _MAX_COMPARED_BOUNDARIES:
+            _magnitude_by_comparison(magnitudes.numpy(), boundaries, count, above)
+        else:
+            count[...] = _magnitude_by_cell(magnitudes, _cell_table(dim, bits)).numpy()
+        np.bitwise_xor(index, count, out=index)
+    return scratch.bytes[0]

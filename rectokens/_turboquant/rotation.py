@@ -10,8 +10,9 @@ from torch import Tensor
 from rectokens._turboquant.codec import Rotation
 from rectokens._turboquant.signs import signs
 
-# A pass over a block of this radix is one small matrix product; larger ones waste arithmetic.
-_MAX_RADIX = 64
+# Larger radices waste arithmetic, smaller ones passes; a short block takes one pass.
+_MAX_RADIX = 16
+_MAX_SINGLE_RADIX = 64
 
 
 @dataclass(frozen=True)
@@ -57,35 +58,46 @@ def _hadamard_factor(radix: int) -> Tensor:
     return matrix
 
 
-def _radices(block: int) -> list[int]:
-    """Near-equal powers of two, none above the largest radix, whose product is `block`."""
+@lru_cache(maxsize=32)
+def _radices(block: int) -> tuple[int, ...]:
+    """Near-equal powers of two, as few as the largest radix allows, whose product is `block`."""
     levels = block.bit_length() - 1
-    passes = max(1, math.ceil(levels / (_MAX_RADIX.bit_length() - 1)))
-    return [1 << (levels // passes + (i < levels % passes)) for i in range(passes)]
+    if block <= _MAX_SINGLE_RADIX:
+        return (block,)
+    passes = math.ceil(levels / (_MAX_RADIX.bit_length() - 1))
+    return tuple(1 << (levels // passes + (i < levels % passes)) for i in range(passes))
 
 
-def _by_small_products(x: Tensor, block: int) -> Tensor:
-    """Radix-64 butterfly: the block as a tensor of small axes, one small product along each."""
-    radices = _radices(block)
-    inner = 1
-    for radix in radices:
-        factor = _hadamard_factor(radix)
-        if inner == 1:
-            x = x.reshape(-1, radix) @ factor
+def _by_small_products(x: Tensor, block: int, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """One small product an axis: each pass transforms the first axis of a block and puts it last.
+
+    After as many passes as there are axes they are in their order again.
+    """
+    for radix in _radices(block):
+        factor, rest = _hadamard_factor(radix), block // radix
+        if rest == 1:
+            torch.mm(x.view(-1, radix), factor, out=spare.view(-1, radix))
         else:
-            x = torch.matmul(factor, x.reshape(-1, radix, inner))
-        inner *= radix
-    return x
+            columns = x.view(-1, radix, rest)
+            torch.bmm(
+                columns.mT,
+                factor.expand(columns.shape[0], radix, radix),
+                out=spare.view(-1, rest, radix),
+            )
+        x, spare = spare, x
+    return x, spare
 
 
-def _by_additions(x: Tensor, block: int) -> Tensor:
+def _by_additions(x: Tensor, block: int, spare: Tensor) -> tuple[Tensor, Tensor]:
     """Radix-2 butterfly: `log2(block)` passes of sums and differences."""
     half = block // 2
     while half:
-        pairs = x.reshape(-1, 2, half)
-        x = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1)
+        pairs, out = x.view(-1, 2, half), spare.view(-1, 2, half)
+        torch.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=out[:, 1])
+        x, spare = spare, x
         half //= 2
-    return x
+    return x, spare
 
 
 def _products_are_float32(device: torch.device) -> bool:
@@ -94,32 +106,47 @@ def _products_are_float32(device: torch.device) -> bool:
     return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
 
 
-def walsh_hadamard(x: Tensor, block: int) -> Tensor:
+def walsh_hadamard(x: Tensor, block: int, spare: Tensor) -> tuple[Tensor, Tensor]:
     """Unnormalised Walsh-Hadamard transform of each run of `block` elements.
 
     Args:
-        x: float32, contiguous, its last dimension a multiple of `block` (a power of two).
+        x: float32, contiguous, its last dimension a multiple of `block` (a power of two);
+            overwritten.
+        spare: like `x`, overwritten.
 
     Returns:
-        float32 of the shape of `x`: `sqrt(block)` times the orthonormal transform.
+        `sqrt(block)` times the orthonormal transform, in the memory of one of the two; and the
+        other.
     """
     if block == 1:
-        return x
+        return x, spare
     transform = _by_small_products if _products_are_float32(x.device) else _by_additions
-    return transform(x, block).reshape(x.shape)
+    return transform(x, block, spare)
 
 
-def rotate(x: Tensor, rotation: Rotation, tables: RotationTables) -> Tensor:
-    """`block` times the rotation of `x`, `(n, dim)` float32; callers fold the factor in."""
-    y = walsh_hadamard(x * tables.signs_first, rotation.block)
+def rotate(
+    x: Tensor, rotation: Rotation, tables: RotationTables, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`block` times the rotation of `x`, `(n, dim)` float32; callers fold the factor in.
+
+    Memory is used as in `walsh_hadamard`.
+    """
+    x, spare = walsh_hadamard(x.mul_(tables.signs_first), rotation.block, spare)
     if tables.forward_gather is not None:
-        y = y.index_select(1, tables.forward_gather)
-    return walsh_hadamard(y * tables.signs_second, rotation.block)
+        x, spare = torch.index_select(x, 1, tables.forward_gather, out=spare), x
+    return walsh_hadamard(x.mul_(tables.signs_second), rotation.block, spare)
 
 
-def rotate_back(y: Tensor, rotation: Rotation, tables: RotationTables) -> Tensor:
-    """`block` times the inverse rotation of `y`, `(n, dim)` float32."""
-    x = walsh_hadamard(y, rotation.block) * tables.signs_second
+def rotate_back(
+    y: Tensor, rotation: Rotation, tables: RotationTables, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`block` times the inverse rotation of `y`, `(n, dim)` float32.
+
+    Memory is used as in `walsh_hadamard`.
+    """
+    y, spare = walsh_hadamard(y, rotation.block, spare)
+    y.mul_(tables.signs_second)
     if tables.backward_gather is not None:
-        x = x.index_select(1, tables.backward_gather)
-    return walsh_hadamard(x, rotation.block) * tables.signs_first
+        y, spare = torch.index_select(y, 1, tables.backward_gather, out=spare), y
+    y, spare = walsh_hadamard(y, rotation.block, spare)
+    return y.mul_(tables.signs_first), spare

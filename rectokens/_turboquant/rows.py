@@ -1,12 +1,15 @@
 """Encode and decode rows with plain PyTorch: CPUs, and devices without Triton."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rectokens._turboquant.assign import assign, float32_centroids
+from rectokens._turboquant.assign import Scratch, assign, float32_centroids
 from rectokens._turboquant.codec import Rotation
 from rectokens._turboquant.packing import pack, unpack
 from rectokens._turboquant.rotation import RotationTables, rotate, rotate_back, rotation_tables
@@ -40,46 +43,37 @@ def row_tables(dim: int, bits: int, rotation: Rotation | None, device: torch.dev
     )
 
 
-def _unit_scale(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms `(n,)`, and rows with their multipliers `(n, 1)` that make them unit vectors."""
-    norms = torch.linalg.vector_norm(x, dim=1)
-    low, high = _SAFE_NORMS
-    if x.device.type == "cpu" and bool(((norms > low) & (norms < high)).all()):
-        return norms, x, norms.reciprocal()[:, None]
+def _all_between(values: npt.NDArray[np.float32], low: float, high: float) -> bool:
+    return bool(values.min() > low and values.max() < high)
+
+
+def _set_lengths(x: Tensor, length: float) -> Tensor:
+    """Scale rows (float32, in place) to `length`, zero rows not; the norms `(n,)` they had."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    if x.device.type == "cpu" and _all_between(norms.numpy(), *_SAFE_NORMS):
+        x.mul_((length / norms)[:, None])
+        return norms
     # A power of two near the largest magnitude, so the division loses nothing.
     peak = x.abs().amax(1)
     exponent = torch.where(peak > 0, torch.frexp(peak).exponent, 0)
     # Two steps: 2**-exponent itself may lie beyond float32.
     half = -exponent // 2
-    x = torch.ldexp(torch.ldexp(x, half[:, None]), (-exponent - half)[:, None])
+    x.copy_(torch.ldexp(torch.ldexp(x, half[:, None]), (-exponent - half)[:, None]))
     scaled = torch.linalg.vector_norm(x, dim=1)
-    norms = torch.ldexp(torch.ldexp(scaled, -half), exponent + half)
-    return norms, x, torch.where(scaled > 0, scaled.reciprocal(), 0.0)[:, None]
+    x.mul_(torch.where(scaled > 0, length / scaled, 0.0)[:, None])
+    return torch.ldexp(torch.ldexp(scaled, -half), exponent + half)
 
 
-def _encode_chunk(
-    x: Tensor, dim: int, bits: int, rotation: Rotation | None, tables: RowTables
-) -> tuple[Tensor, Tensor]:
-    norms, x, multiplier = _unit_scale(x.float().contiguous())
-    gain = math.sqrt(dim) / (rotation.block if rotation else 1)
-    y = x * (multiplier * gain)
-    if rotation is not None and tables.rotation is not None:
-        y = rotate(y, rotation, tables.rotation)
-    return pack(assign(y, dim, bits), bits), norms
-
-
-def _decode_chunk(
-    packed: Tensor, norms: Tensor, dim: int, rotation: Rotation | None, tables: RowTables
-) -> Tensor:
-    centroids = torch.nn.functional.embedding(packed.int(), tables.byte_centroids)
-    unit = centroids.flatten(1)[:, :dim]
-    if rotation is not None and tables.rotation is not None:
-        unit = rotate_back(unit.contiguous(), rotation, tables.rotation)
-    return unit * norms[:, None]
-
-
-def _chunk_rows(dim: int, device: torch.device, rows: int) -> int:
-    return max(1, _CHUNK_ELEMENTS // dim) if device.type == "cpu" else max(1, rows)
+def _groups(rows: int, dim: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Scratch]]:
+    """Slices of the rows, each with float32 rows and memory to work in, the same for all."""
+    step = min(rows, max(1, _CHUNK_ELEMENTS // dim)) if device.type == "cpu" else rows
+    y = torch.empty((step, dim), dtype=torch.float32, device=device)
+    scratch = Scratch.like(y)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        if count < step:
+            y, scratch = y[:count], scratch.first(count)
+        yield slice(start, start + count), y, scratch
 
 
 def encode_rows(
@@ -94,17 +88,26 @@ def encode_rows(
 
     A row with NaN or infinity leaves a norm that is not finite; the caller looks at that.
     """
-    step = _chunk_rows(x.shape[1], x.device, x.shape[0])
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        packed[rows], norms[rows] = _encode_chunk(x[rows], x.shape[1], bits, rotation, tables)
+    dim = x.shape[1]
+    length = math.sqrt(dim) / (rotation.block if rotation else 1)
+    for rows, y, scratch in _groups(x.shape[0], dim, x.device):
+        y.copy_(x[rows])
+        norms[rows] = _set_lengths(y, length)
+        if rotation is not None and tables.rotation is not None:
+            y, spare = rotate(y, rotation, tables.rotation, scratch.floats)
+            scratch = Scratch(spare, scratch.bytes)
+        indices = assign(y, dim, bits, scratch)
+        pack(indices, bits, out=packed[rows], spare=scratch.bytes[1])
 
 
 def decode_rows(
     packed: Tensor, norms: Tensor, x_hat: Tensor, rotation: Rotation | None, tables: RowTables
 ) -> None:
     """Decode `packed` `(n, packed_dim)` and `norms` `(n,)` into `x_hat`, `(n, dim)` float32."""
-    step = _chunk_rows(x_hat.shape[1], x_hat.device, x_hat.shape[0])
-    for start in range(0, x_hat.shape[0], step):
-        rows = slice(start, start + step)
-        x_hat[rows] = _decode_chunk(packed[rows], norms[rows], x_hat.shape[1], rotation, tables)
+    dim = x_hat.shape[1]
+    for rows, y, scratch in _groups(x_hat.shape[0], dim, x_hat.device):
+        centroids = torch.nn.functional.embedding(packed[rows].int(), tables.byte_centroids)
+        y.copy_(centroids.flatten(1)[:, :dim])
+        if rotation is not None and tables.rotation is not None:
+            y, _ = rotate_back(y, rotation, tables.rotation, scratch.floats)
+        torch.mul(y, norms[rows, None], out=x_hat[rows])
