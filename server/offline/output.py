@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("shortfall", pa.string()),
         ("unknown_items", pa.int32()),
+        ("truncated_items", pa.int32()),
         ("error", pa.string()),
         ("error_message", pa.string()),
     ]
@@ -69,6 +70,7 @@ class OutputFolder:
                 "scores": [[item.score for item in one.items] for one in answers],
                 "shortfall": [one.shortfall for one in answers],
                 "unknown_items": [one.unknown_items for one in answers],
+                "truncated_items": [one.truncated_items for one in answers],
                 "error": [one.error for one in answers],
                 "error_message": [one.error_message for one in answers],
             },

@@ -32,6 +32,7 @@ class UserAnswer:
         items: best first; empty where there is an error.
         shortfall: why there are fewer than asked for, None where there are not.
         unknown_items: history items that the catalog does not know.
+        truncated_items: history items that the prompt had no room for, the oldest.
         error: code of the error, None where there is none.
         error_message: what was found and what is allowed, None where there is no error.
     """
@@ -40,6 +41,7 @@ class UserAnswer:
     items: tuple[Item, ...] = ()
     shortfall: str | None = None
     unknown_items: int = 0
+    truncated_items: int = 0
     error: str | None = None
     error_message: str | None = None
 
@@ -155,12 +157,13 @@ class OfflineSearch:
         if result is None or task.query is None or task.prepared is None:
             raise RuntimeError(f"row {task.user.row} was not searched for")
         unknown = len(task.prepared.unknown_items)
+        truncated = task.prepared.prompt.items_truncated
         if isinstance(result, EngineFault):
             code = ErrorKind.ENGINE_FAULT.value
-            return UserAnswer(user_id, (), None, unknown, code, result.message)
+            return UserAnswer(user_id, (), None, unknown, truncated, code, result.message)
         items = present(result, task.query, self._release.catalog)
         shortfall = None if result.shortfall is None else result.shortfall.reason
-        return UserAnswer(user_id, items, shortfall, unknown)
+        return UserAnswer(user_id, items, shortfall, unknown, truncated)
 
     def _query(self, user: User) -> RecommendQuery:
         defaults = self._defaults
@@ -179,6 +182,7 @@ class OfflineSearch:
             with_metadata=False,
             with_level_scores=False,
             deadline_s=float("inf"),
+            cut_long_prompt=defaults.long_prompt == "truncate",
         )
 
 

@@ -25,7 +25,7 @@ from server.settings import load_settings
 
 ROOT = Path(__file__).parents[3]
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
-SHARDS, SHARD_ROWS = 40, 2
+SHARDS, SHARD_ROWS = 20 + 20 * ROUNDS, 2
 
 
 @pytest.fixture

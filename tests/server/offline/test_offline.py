@@ -33,7 +33,7 @@ def settings() -> Settings:
 
 def rows_of(users: int = USERS) -> Rows:
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(0, 9, (users,), generator=generator).tolist()
+    lengths = torch.randint(0, 16, (users,), generator=generator).tolist()
     histories = [
         [f"item-{i}" for i in torch.randint(0, 400, (length,), generator=generator).tolist()]
         for length in lengths
@@ -91,8 +91,10 @@ async def test_everybody_gets_what_the_service_answers(
         assert row["item_ids"] == [item["item_id"] for item in answer["items"]]
         assert row["scores"] == pytest.approx([i["score"] for i in answer["items"]], abs=1e-5)
         assert row["shortfall"] == (answer["shortfall"] or {}).get("reason")
+        assert row["truncated_items"] == answer["usage"]["truncated_items"]
         assert row["error"] is row["error_message"] is None
     assert summary["users"] == summary["answered"] == USERS
+    assert sum(row["truncated_items"] > 0 for row in found) > 3
     assert summary["items"] == sum(len(row["item_ids"]) for row in found)
     assert summary["shortfalls"]["filters"] == sum(row["shortfall"] is not None for row in found)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
