@@ -98,6 +98,8 @@ class _Prefill:
     rows: PackedRows
     cached: CachedPrefix | None
     masks: CausalMasks
+    windows_masked: set[int] = field(default_factory=set)
+    windows_applied: set[int | None] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -119,12 +121,23 @@ def prefilling(
         context: empty but for its lengths.
         rows: where the prompts lie.
         cached: keys and values of the positions before ``rows.starts``; None where that is 0.
+
+    Raises:
+        UnsupportedAttentionError: the model has a sliding window in its mask that its layers do
+            not tell of.
     """
-    token = _mode.set(_Prefill(context, rows, cached, CausalMasks()))
+    mode = _Prefill(context, rows, cached, CausalMasks())
+    token = _mode.set(mode)
     try:
         yield
     finally:
         _mode.reset(token)
+    unknown = mode.windows_masked - mode.windows_applied
+    if unknown:
+        raise UnsupportedAttentionError(
+            f"a sliding window of {min(unknown)} is in the model's mask only; its layers do not "
+            "pass it on"
+        )
 
 
 @contextmanager
@@ -167,6 +180,7 @@ def shared_context_attention(
             )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(mode, _Prefill):
+        mode.windows_applied.add(kwargs.get("sliding_window"))
         _keep(mode, layer, key, value)
         context = mode.context
         output = packed_attention(
@@ -278,7 +292,11 @@ def _along_path(
 
 def _shared_context_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Mask function: none within a session, which masks by itself; sdpa's own elsewhere."""
-    if _mode.get() is not None:
+    mode = _mode.get()
+    if mode is not None:
+        window = kwargs.get("local_size")
+        if isinstance(mode, _Prefill) and window is not None:
+            mode.windows_masked.add(int(window))
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask

@@ -17,6 +17,7 @@ from rectokens.decoding.filters import BatchFilters
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
+from server.engine.positions import max_positions
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import DecodeSession, Runner
 from server.engine.selection import collect_results
@@ -72,8 +73,7 @@ class Engine:
         # Copies made for the next batch shall not queue behind the kernels of the running one.
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._vocab_size, self._hidden_size = map(int, model.get_input_embeddings().weight.shape)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._max_prompt_tokens = int(limit or 1 << 20) - item_tokens.num_levels + 1
+        self._max_prompt_tokens = max_positions(model.config) - item_tokens.num_levels + 1
 
     @property
     def max_prompt_tokens(self) -> int:

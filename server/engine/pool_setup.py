@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from server.engine.kv_pool import PAGE_ALIGNMENT, KVPool, LayerShape
 from server.engine.pooled_prompts import PromptPool
+from server.engine.positions import max_positions
 from server.engine.prefix_cache import PrefixCache
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import SharedContextRunner
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_BYTES = 512 << 20
 _CUDA_SHARE = 0.4  # of the memory that is free once the weights are loaded
+_TRIAL_LENGTHS = (19, 40)  # tokens; one page and a bit, and two
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ def pool_bytes(options: PoolOptions, device: torch.device) -> int:
 def attach_pool(runner: SharedContextRunner, options: PoolOptions, tolerance: float) -> bool:
     """Let the runner keep prompts, if what it makes of a kept one is what it makes of a new one.
 
-    Attention variants keep appearing, so that is tried on two short prompts.
+    Attention variants keep appearing, so that is tried on two short prompts. A model that cannot
+    be tried, or fails, goes without.
 
     Args:
         runner: without a pool.
@@ -62,18 +66,13 @@ def attach_pool(runner: SharedContextRunner, options: PoolOptions, tolerance: fl
     Raises:
         ValueError: the memory holds no page, or the page size is no multiple of 16.
     """
+    positions = max_positions(runner.decoder.config)
+    if positions < _TRIAL_LENGTHS[-1] + runner.item_tokens.num_levels:
+        logger.info("prompts are not kept for this model, which takes %d tokens", positions)
+        return False
     shapes, dtype = layer_shapes(runner)
-    trial = KVPool(shapes, num_pages=6, page_size=PAGE_ALIGNMENT, device=runner.device, dtype=dtype)
-    vocab = int(runner.embed.weight.shape[0])
-    short, long = ([(7 * i + 3) % vocab for i in range(length)] for length in (19, 40))
-    expected = _logits(runner, [short, long])
-    runner.pool = PromptPool(trial, PrefixCache(trial.num_pages, trial.page_size))
-    _logits(runner, [short, long])
-    found = _logits(runner, [short, long])
-    hits = runner.pool.cache.counts.hit_tokens
-    runner.pool = None
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    if hits == 0 or not difference <= tolerance:
+    difference = _difference(runner, shapes, dtype)
+    if not difference <= tolerance:
         logger.warning(
             "prompts are not kept for this model: a kept one gives logits that differ by %.2g of "
             "their range",
@@ -109,6 +108,31 @@ def layer_shapes(runner: SharedContextRunner) -> tuple[dict[int, LayerShape], to
     if not shapes:
         raise ValueError("the model has no attention layers; there is nothing to keep")
     return shapes, next(iter(context.keys.values())).dtype
+
+
+def _difference(
+    runner: SharedContextRunner, shapes: Mapping[int, LayerShape], dtype: torch.dtype
+) -> float:
+    """Largest difference of logits between kept and new prompts, as a part of their range.
+
+    Infinite where nothing was found again.
+    """
+    trial = KVPool(shapes, num_pages=6, page_size=PAGE_ALIGNMENT, device=runner.device, dtype=dtype)
+    vocab = int(runner.embed.weight.shape[0])
+    prompts = [[(7 * i + 3) % vocab for i in range(length)] for length in _TRIAL_LENGTHS]
+    expected = _logits(runner, prompts)
+    runner.pool = PromptPool(trial, PrefixCache(trial.num_pages, trial.page_size))
+    try:
+        _logits(runner, prompts)
+        found = _logits(runner, prompts)
+        if runner.pool.cache.counts.hit_tokens == 0:
+            return float("inf")
+    except Exception:
+        logger.warning("a kept prompt cannot be run by this model", exc_info=True)
+        return float("inf")
+    finally:
+        runner.pool = None
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def _logits(runner: SharedContextRunner, prompts: Prompts) -> Tensor:

@@ -51,10 +51,14 @@ class PooledPrompts:
         self.cached_tokens = [0] * len(prompts)
         for row, tokens in zip(self._rows, self._leases.cached_tokens, strict=True):
             self.cached_tokens[row] = tokens
-        self._tables = {
-            row: torch.tensor(lease.pages, dtype=torch.long, device=self._pages.device)
-            for row, lease in zip(self._rows, self._leases.leases, strict=True)
-        }
+        try:
+            self._tables = {
+                row: page_indices(lease.pages, self._pages.device)
+                for row, lease in zip(self._rows, self._leases.leases, strict=True)
+            }
+        except BaseException:  # nobody else could give the pages back
+            self._leases.close()
+            raise
 
     def suffixes(self, prompts: Prompts) -> list[Prompt]:
         """What is left of each prompt to compute."""
@@ -94,3 +98,8 @@ class PooledPrompts:
     def close(self) -> None:
         """Give the pages back."""
         self._leases.close()
+
+
+def page_indices(pages: Sequence[int], device: torch.device) -> Tensor:
+    """Page numbers as an index, int64 (n,)."""
+    return torch.tensor(pages, dtype=torch.long, device=device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from server.engine.kv_pool import pages_for
-from server.engine.prefix_cache import Lease, OutOfPagesError, PrefixCache
+from server.engine.prefix_cache import Lease, PrefixCache
 
 # Token ids, or input embeddings (T, H). A batch may hold both kinds.
 Prompt = Sequence[int] | Tensor
@@ -50,7 +50,7 @@ class PromptLeases:
                 else:
                     lease = cache.acquire(prompt, whole=whole)
                 self.leases.append(lease)
-        except OutOfPagesError:
+        except BaseException:
             self.close()
             raise
 

@@ -81,6 +81,28 @@ async def test_growing_histories_under_pressure(start_app: Any, releases: tuple[
     assert cache._references == {}, "a page is leased by nobody's request"
 
 
+async def test_a_history_over_the_models_limit_keeps_its_prompts_beginning(
+    start_app: Any, tiny_lm: Callable[..., Any], make_real_release: MakeRelease
+) -> None:
+    recipe = PromptRecipe("item_history", 1, {"max_items": 1_000})
+    kept = make_real_release(tiny_lm("qwen3", 64), pool=PoolOptions(4 << 20), recipe=recipe)
+    running = await start_app(kept)
+    fits = kept.engine.max_prompt_tokens // 4  # items, of four tokens each
+    assert fits == 31
+    history = [f"item-{number}" for number in range(60)]
+    began_anew = 0
+    for length in range(20, 61):
+        body = {"history": history[:length], "top_k": 5, "beam_width": 8}
+        usage = (await running.post(body)).json()["usage"]
+        assert usage["truncated_items"] + usage["history_items"] == length
+        assert usage["history_items"] > fits - fits // 4 or length <= fits
+        if usage["cached_tokens"] == 0:
+            began_anew += 1
+        else:  # all but the newest item and what does not fill a page
+            assert usage["cached_tokens"] >= usage["prompt_tokens"] - 5 - 15
+    assert began_anew == 1 + 5  # the first prompt, then a block of seven items at a time
+
+
 async def test_completions_tell_it_too(start_app: Any, releases: tuple[Any, Any]) -> None:
     running = await start_app(releases[0])
     prompt = torch.randint(4, 40, (40,), generator=torch.Generator().manual_seed(0)).tolist()

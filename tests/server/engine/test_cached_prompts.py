@@ -232,6 +232,42 @@ def test_a_model_for_which_keeping_changes_the_logits_keeps_nothing(
     assert "prompts are not kept for this model" in caplog.text
 
 
+def test_a_model_that_cannot_run_kept_prompts_keeps_nothing(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("of another shape")
+
+    monkeypatch.setattr(pool_setup.KVPool, "read", fail)
+    engine = engine_of(tiny_lm("llama", VOCAB, seed=4))
+    assert engine.prefix_cache is None
+    assert "of another shape" in caplog.text
+    assert isinstance(engine.search([request(tokens(50, 1))], TRIE).results[0], SearchResult)
+
+
+def test_a_model_of_few_positions_keeps_nothing(tiny_lm: Callable[..., Any]) -> None:
+    model = tiny_lm("llama", VOCAB, seed=4)
+    model.config.max_position_embeddings = 32
+    assert engine_of(model).prefix_cache is None
+
+
+def test_pages_are_given_back_when_leasing_them_fails(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny_lm("llama", VOCAB, seed=4))
+    cache = engine._runner.prefix_cache
+    assert cache is not None
+    with monkeypatch.context() as patched:
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise MemoryError("no memory for a table of pages")
+
+        patched.setattr("server.engine.pooled_prompts.page_indices", fail)
+        with pytest.raises(MemoryError):
+            engine.search([request(tokens(50, 1))], TRIE)
+    assert cache.free_pages == cache.num_pages
+
+
 def test_memory_without_a_page_is_refused(tiny_lm: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"1000 bytes .* hold no page"):
         build_engine(tiny_lm("llama", VOCAB), TOKENS, PoolOptions(memory_bytes=1_000))

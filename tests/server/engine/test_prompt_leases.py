@@ -50,6 +50,9 @@ def test_a_batch_that_does_not_fit_holds_nothing() -> None:
     with pytest.raises(OutOfPagesError):
         PromptLeases(cache, [[1] * 20, [2] * 20], whole=True)
     assert cache.free_pages == 3
+    with pytest.raises(ValueError, match="empty"):
+        PromptLeases(cache, [[1] * 20, []], whole=True)
+    assert cache.free_pages == 3
     partly = PromptLeases(cache, [[1] * 20, [2] * 20, [3] * 20], whole=False)
     assert [len(lease.pages) for lease in partly.leases] == [2, 1, 0]
 
