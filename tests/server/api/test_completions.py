@@ -151,6 +151,11 @@ async def test_a_prompt_longer_than_the_model_takes(running, engine):
     assert_error(await complete(running, prompt=[1] * 7), 422, "prompt_too_long", "prompt")
     response = await complete(running, prompt_embeds=plain(7))
     assert "7 tokens" in assert_error(response, 422, "prompt_too_long", "prompt_embeds")
+    text = "<item:B001><item:B002>"
+    told = (await complete(running, prompt=text)).json()["rectokens"]["prompts"][0]
+    assert told["truncated_items"] == 1
+    response = await complete(running, prompt=text, long_prompt="reject")
+    assert "9 tokens" in assert_error(response, 422, "prompt_too_long", "prompt")
 
 
 async def test_embeddings_plain_and_compressed_one_and_many(running, engine):
