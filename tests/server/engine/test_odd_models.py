@@ -13,6 +13,7 @@ from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
+from server.engine.positions import max_positions
 from server.engine.runners import PerBeamRunner, SharedContextRunner
 from server.engine.types import EngineFault
 
@@ -111,3 +112,30 @@ def test_a_window_that_is_in_the_mask_only_is_found_out() -> None:
     (found,) = engine.search([asked], TRIE).results
     expected = ReferenceSearch(model, TOKENS, ITEMS).search(asked)
     assert scores_of(found) == pytest.approx(scores_of(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 64}, 512),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 64),
+        ({"rope_type": "longrope"}, 512),
+        (
+            {
+                "sliding_attention": {"rope_type": "default"},
+                "full_attention": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 128,
+                },
+            },
+            128,
+        ),
+    ],
+)
+def test_positions_of_rotary_embeddings(rope: dict[str, Any], expected: int) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(max_position_embeddings=512)
+    config.rope_parameters = rope
+    assert max_positions(config) == expected
