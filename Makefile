@@ -55,7 +55,7 @@ soak: $(VENV)/.installed-dev ## half an hour of mixed traffic; every answer chec
 chaos: $(VENV)/.installed-dev ## tests at length: writers killed, payloads fuzzed, swaps under load
 	CHAOS_ROUNDS=50 FUZZ_EXAMPLES=10000 RANDOM_REQUESTS=10000 $(TEST_ENV) \
 		$(BIN)/python -m pytest -q tests/rectokens/artifacts tests/rectokens/prompt_embeds \
-		tests/server/offline tests/server/test_random_requests.py \
+		tests/server/offline tests/server/jobs tests/server/test_random_requests.py \
 		tests/server/test_swap_under_load.py
 
 bench: $(VENV)/.installed-server ## the engine against Hugging Face generate, on this machine

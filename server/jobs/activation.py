@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rectokens.artifacts.activation import Activation
+from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.release_store import (
     ANY_RELEASE,
     ActivationConflictError,
@@ -61,7 +62,15 @@ def rollback(
         expected = current.release  # what the gate is about to compare with
     report = None
     if current is not None and current.previous is not None:
-        report = _pass_gate(current.previous, params, environment, reporter)
+        try:
+            report = _pass_gate(current.previous, params, environment, reporter)
+        except ArtifactError as error:
+            if store.active() == current:
+                raise
+            # What was the previous release a moment ago may be let go of by now.
+            raise JobFailure(
+                JobErrorKind.CONFLICT, f"another release was activated meanwhile: {error}"
+            ) from error
     reporter.progress(0.9, "verifying the release")
     try:
         record = store.rollback(

@@ -1,0 +1,120 @@
+"""The commands on a store without a server: what they print, and how they exit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from server.jobs.places import open_ledger
+from server.jobs.types import JobKind
+
+
+@pytest.fixture
+def invoke(workplace):
+    runner = CliRunner()
+
+    def run(command: str, *arguments: str):
+        flags = ["--store", str(workplace.root), "--jobs.threads", "1"]
+        return runner.invoke(app, [command, *arguments, *flags])
+
+    return run
+
+
+def test_from_training_to_a_rollback(workplace, invoke):
+    np.save(workplace.lake / "e.npy", workplace.rows)
+    trained = invoke(
+        "train-tokenizer", "--source", str(workplace.lake / "e.npy"), "--epochs", "1",
+        "--codebook-size", "4",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    version = trained.stdout.strip()
+    assert version in {one.version for one in workplace.store.versions("tokenizer")}
+
+    workplace.parquet("items.parquet", 50)
+    source = ("--source", str(workplace.lake / "items.parquet"), "--drop-constraint-sets")
+    refused = invoke("reindex", *source, "--tokenizer", version, "--activate")
+    assert refused.exit_code == 1
+    assert "cannot speak of what tokenizer" in refused.stderr
+
+    made = invoke("reindex", *source, "--metadata-columns", "stock,popularity")
+    assert made.exit_code == 0, made.output
+    catalog = made.stdout.strip()
+    assert "50 items" in made.stderr
+    before = workplace.store.active().release
+    activated = invoke("activate", "--catalog", catalog, "--note", "by hand", "--json")
+    assert activated.exit_code == 0, activated.output
+    job = json.loads(activated.stdout)
+    assert (job["state"], job["result"]["catalog"]) == ("succeeded", catalog)
+    assert workplace.store.active().note == "by hand"
+    assert invoke("rollback").stdout.strip() == before
+
+    listed = invoke("jobs")
+    assert listed.exit_code == 0
+    assert listed.stdout.count("succeeded") == 4
+    shown = invoke("jobs", job["id"])
+    assert "state: succeeded\n" in shown.stdout
+    again = invoke("jobs", job["id"], "--restart")
+    assert again.exit_code == 1
+    assert "only failed, cancelled and interrupted" in again.stderr
+
+
+def test_jobs_are_cancelled_and_restarted(workplace, invoke):
+    ledger = open_ledger(workplace.settings())
+    job = ledger.submit(JobKind.UPDATE_ITEMS, {"deletes": ["W0"]})
+    assert "state: cancelled" in invoke("jobs", job.id, "--cancel").stdout
+    assert "attempt: 2" in invoke("jobs", job.id, "--restart").stdout
+    listed = invoke("jobs", "--json")
+    assert [json.loads(line)["state"] for line in listed.stdout.splitlines()] == ["queued"]
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("activate",), 2, "give one of release and catalog"),
+        (("activate", "--release", "../x"), 2, "release is '../x'"),
+        (("activate", "--release", "0" * 16), 1, "does not exist"),
+        (("rollback",), 1, "nothing to roll back to"),
+        (("jobs", "nobody"), 1, "there is no such job"),
+        (("jobs", "--cancel"), 2, "name the job"),
+        (("reindex", "--source", "/nowhere/x.parquet"), 1, "No such file"),
+        (("jobs", "--jobs.database", "mysql://x"), 1, "allowed are a file"),
+        (("jobs", "--jobs.namespace", "a b"), 2, "RECTOKENS_JOBS__NAMESPACE"),
+    ],
+)
+def test_mistakes(invoke, arguments, code: int, message: str):
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+
+
+def test_without_a_store():
+    result = CliRunner().invoke(app, ["jobs"])
+    assert result.exit_code == 2
+    assert "--store.path" in result.stderr
+
+
+def test_ctrl_c_cancels(workplace):
+    workplace.parquet("items.parquet", 30_000)
+    command = [sys.executable, "-m", "server", "reindex", "--store", str(workplace.root)]
+    flags = ["--source", str(workplace.lake / "items.parquet"), "--jobs.batch-size", "1"]
+    process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
+    ledger = open_ledger(workplace.settings())
+    deadline = time.monotonic() + 60
+    while not any(job.message.startswith("encoding:") for job in ledger.running()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "error: cancelled" in error
+    assert ledger.find()[0].state == "cancelled"
+    ledger.close()
