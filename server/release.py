@@ -24,6 +24,7 @@ from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest
 from server.engine.types import EngineFault, SearchEngine
+from server.heap import pass_over_imports
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
@@ -191,6 +192,7 @@ def _load_model(
     from server.engine.loading import load_engine
     from server.engine.pool_setup import PoolOptions
 
+    pass_over_imports()
     # Its bars would stand between the log's JSON lines.
     transformers_logging.disable_progress_bar()
     if settings.cpu_threads is not None:
