@@ -12,10 +12,12 @@ import pytest
 import typer
 
 from rectokens.cli.app import app as library_cli
+from server.api.admin.schemas import PutConstraintSetBody
 from server.api.schemas import RecommendRequest, RecommendResponse
 from server.api.score_schemas import ScoreRequest, ScoreResponse
 from server.cli import app as server_cli
 from server.errors import ERROR_TABLE
+from server.jobs.params import ReindexParams, UpdateItemsParams
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -82,6 +84,24 @@ def test_every_field_and_error_is_on_the_api_page() -> None:
     for kind, spec in ERROR_TABLE.items():
         row = rf"^\| [^|]*{spec.status}[^|]* \|[^|]*`{kind}`"
         assert re.search(row, page, re.MULTILINE), kind
+
+
+def test_examples_of_the_admin_api_are_taken() -> None:
+    models = {
+        "reindex": ReindexParams,
+        "items": UpdateItemsParams,
+        "constraint-sets/buyable": PutConstraintSetBody,
+    }
+    (block,) = (b for b in fenced(ROOT / "docs/catalogs.md", "") if "--json" in b)
+    words = shlex.split(block, comments=True)
+    found = {
+        words[place - 1].removeprefix("$U/"): words[place + 1]
+        for place, word in enumerate(words)
+        if word == "--json"
+    }
+    assert found.keys() == models.keys()
+    for route, body in found.items():
+        models[route].model_validate_json(body)
 
 
 def test_python_examples_name_things_that_exist() -> None:
