@@ -93,7 +93,7 @@ def test_examples_of_the_admin_api_are_taken() -> None:
         "constraint-sets/buyable": PutConstraintSetBody,
     }
     (block,) = (b for b in fenced(ROOT / "docs/catalogs.md", "") if "--json" in b)
-    words = shlex.split(block, comments=True)
+    words = shlex.split(block.replace("\\\n", " "), comments=True)
     found = {
         words[place - 1].removeprefix("$U/"): words[place + 1]
         for place, word in enumerate(words)
