@@ -175,8 +175,13 @@ class ReleaseFollower:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being loaded, or is held ready for the pointer."""
-        return self._loading.locked() or self._candidate is not None
+        """Whether something is being loaded or tried."""
+        return self._loading.locked()
+
+    @property
+    def ready_release(self) -> str | None:
+        """Version of the release that is held ready for the pointer, None for none."""
+        return None if self._candidate is None else self._candidate.version
 
     async def prepare(
         self,
@@ -186,7 +191,7 @@ class ReleaseFollower:
     ) -> None:
         """Load a release and hold it ready for the pointer to reach it.
 
-        It is let go again where the pointer does not within a minute.
+        It is let go again where the pointer does not within a minute, or another is prepared.
 
         Args:
             version: of the release.
@@ -197,12 +202,16 @@ class ReleaseFollower:
             ReleaseError: it cannot be loaded.
         """
         async with self._loading:
-            self._drop_candidate()
+            candidate, self._candidate = self._candidate, None
+            if candidate is not None and candidate.version != version:
+                self._discard(candidate)
+                candidate = None
             serving = self._service.release
             if serving is not None:
                 await before(serving)
             del serving
-            candidate = await self._load(version)
+            if candidate is None:
+                candidate = await self._load(version)
             accepted = False
             try:
                 accepted = await after(candidate)

@@ -332,3 +332,26 @@ class TestMemory:
         small_store.add(3)
         small_store.activate(3)
         await served(running, 3, small_store)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+@pytest.mark.parametrize(
+    "place", ["models/*/model.safetensors", "models/*/config.json", "releases/*/release.json"]
+)
+async def test_a_damaged_model_or_release_is_named_too(
+    start_app, small_store, tiny_lm, place, damage
+):
+    running = await start(start_app, small_store)
+    model = small_store.add_model(tiny_lm("llama", seed=3))
+    small_store.add(2, model=model)
+    kind, _, name = place.split("/")
+    version = model if kind == "models" else small_store.releases[2]
+    victim = small_store.root / kind / version / name
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    victim.write_bytes(content if damage == "flip" else content[:-1])
+    force_active(small_store, 2)
+    await until(lambda: follower_of(running).status.failure is not None)
+    assert victim.name in follower_of(running).status.failure.message
+    assert running.service.release.version == small_store.releases[1]
+    assert (await running.post({"history": []})).status_code == 200

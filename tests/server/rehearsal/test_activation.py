@@ -1,0 +1,131 @@
+"""The job's side: who is asked, what is waited for, and how long."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.rehearsal.activation import ActivationRefusedError, ActivationSteps
+from server.rehearsal.types import GateOptions, RehearsalReport
+
+
+@pytest.fixture
+def steps(board, clock):
+    said = []
+    made = ActivationSteps(board, say=said.append, clock=clock, sleep=clock.sleep)
+    object.__setattr__(made, "said", said)
+    return made
+
+
+def report(state, message="so"):
+    return RehearsalReport(server="a", state=state, message=message)
+
+
+def test_where_nobody_serves_nobody_tries(steps):
+    assert steps.rehearse("1", "new", None) is None
+    assert steps.rehearse("1", "new", GateOptions(skip=True)) is None
+    with pytest.raises(ActivationRefusedError, match="no serving process") as refused:
+        steps.rehearse("1", "new", GateOptions())
+    assert not refused.value.blocked
+
+
+def test_what_all_serve_already_is_not_tried(steps, alive):
+    alive("a", "new")
+    assert steps.rehearse("1", "new", None) is None
+
+
+@pytest.mark.parametrize("state", ["passed", "blocked", "failed"])
+def test_the_report_of_whoever_takes_it_decides(steps, board, alive, clock, state):
+    alive("a", "old")
+    alive("b", "old")
+
+    def take():
+        (request,) = board.open_requests()
+        assert request.release == "new"
+        assert board.claim(request.id, "a")
+        assert not board.claim(request.id, "b")
+        assert board.open_requests() == []
+        clock.after(3, lambda: board.report(request.id, report(state)))
+
+    clock.after(1, take)
+    for second in range(1, 6):
+        clock.after(second, lambda second=second: alive("a", "old", beat=second))
+    if state == "passed":
+        assert steps.rehearse("1", "new", None).message == "so"
+    else:
+        with pytest.raises(ActivationRefusedError, match="so") as refused:
+            steps.rehearse("1", "new", None)
+        assert refused.value.blocked == (state == "blocked")
+    assert board._requests.values() == board._answers.values() == []
+
+
+def test_a_server_that_dies_while_it_tries_is_not_waited_for(steps, board, alive, clock):
+    alive("a", "old")
+    clock.after(1, lambda: board.claim("1", "a"))
+    begun = clock.now
+    with pytest.raises(ActivationRefusedError, match="no sign of life"):
+        steps.rehearse("1", "new", None)
+    assert clock.now - begun < 60
+    assert not board.is_open("1")
+    board.report("1", report("passed"))  # too late, and nobody keeps it
+    assert board.report_of("1") is None
+
+
+def test_servers_that_leave_before_they_take_it_are_not_waited_for(steps, board, alive, clock):
+    alive("a", "old")
+    clock.after(2, lambda: board.withdraw("a"))
+    assert steps.rehearse("1", "new", None) is None
+    alive("b", "old")  # and one that is killed says nothing more
+    assert steps.rehearse("2", "new", None) is None
+    assert clock.now < 1_100
+
+
+def test_a_loader_that_is_busy_gives_signs_and_is_waited_for(steps, board, alive, clock):
+    for second in range(400):
+        clock.after(second, lambda second=second: alive("a", "old", beat=second))
+    alive("a", "old")
+    clock.after(1, lambda: board.claim("1", "a"))
+    clock.after(390, lambda: board.report("1", report("passed")))
+    assert steps.rehearse("1", "new", None).state == "passed"
+
+
+def test_a_cancelled_job_stops_waiting_and_takes_its_request_back(board, alive, clock):
+    class StoppedError(Exception):
+        pass
+
+    def check():
+        if clock.now > 1_003:
+            raise StoppedError
+
+    alive("a", "old")
+    steps = ActivationSteps(board, check_cancelled=check, clock=clock, sleep=clock.sleep)
+    with pytest.raises(StoppedError):
+        steps.rehearse("1", "new", None)
+    assert not board.is_open("1")
+
+
+def test_every_server_is_waited_for_until_it_serves_or_says_why_not(steps, alive, clock):
+    alive("a", "old")
+    alive("b", "old")
+    alive("leaving", "old", ends=True)
+    clock.after(2, lambda: alive("a", "new"))
+    clock.after(4, lambda: alive("b", "old", failed_release="new", failure="no room"))
+    assert steps.wait_until_served("new", 60) == [
+        {"server": "a", "state": "serving"},
+        {"server": "b", "state": "failed", "message": "no room"},
+    ]
+    assert clock.now < 1_005
+
+
+def test_one_that_never_follows_is_named(steps, alive, clock):
+    alive("a", "old")
+    assert steps.wait_until_served("new", 5) == [{"server": "a", "state": "loading"}]
+    assert clock.now < 1_006
+
+
+def test_servers_that_were_silent_for_an_hour_are_forgotten(board, alive, clock):
+    alive("dead", "old")
+    clock.now += 40
+    assert board.servers() == []
+    clock.now += 3_600
+    alive("a", "old")
+    assert len(board._servers.values()) == 1
