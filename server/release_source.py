@@ -51,6 +51,11 @@ class ReleaseSource:
             return self._store.active()
         except (ArtifactError, OSError) as error:
             raise ReleaseError(f"the store cannot be read: {error}") from error
+        except Exception as error:
+            # Drivers of object stores each have errors of their own.
+            raise ReleaseError(
+                f"the store cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     def load(self, version: str, beside: Release | None) -> Release:
         """Load a release, verify it and, where it brings its own model, try it.

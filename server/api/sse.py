@@ -15,11 +15,14 @@ from server.errors import ErrorKind, ServiceError
 
 MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
+# A comment, which readers pass over.
+KEEP_ALIVE = b": \n\n"
 
 
-def event(content: Any) -> bytes:
-    """One event that carries JSON."""
-    return b"data: " + orjson.dumps(content) + b"\n\n"
+def event(content: Any, name: str | None = None) -> bytes:
+    """One event that carries JSON; a name where it is not an ordinary one."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + orjson.dumps(content) + b"\n\n"
 
 
 class EventStream(Response):

@@ -7,8 +7,11 @@ import gc
 import shutil
 import weakref
 
+import fsspec
 import pytest
+import structlog
 
+from rectokens.artifacts.open_store import open_release_store
 from server.memory import NotEnoughMemoryError
 from server.release import ReleaseError
 
@@ -160,8 +163,12 @@ async def test_a_damaged_file_is_named_and_the_old_version_serves_on(
     # The store refuses it by itself, so the pointer is moved behind its back.
     with pytest.raises(ValueError, match=victim.name):
         small_store.activate(2)
-    force_active(small_store, 2)
-    await until(lambda: follower_of(running).status.failure is not None)
+    with structlog.testing.capture_logs() as logs:
+        force_active(small_store, 2)
+        await until(lambda: follower_of(running).status.failure is not None)
+    (said,) = [log for log in logs if log["event"] == "the active release is not served"]
+    assert victim.name in said["reason"]
+    assert said["log_level"] == "error"
     assert running.service.release.version == small_store.releases[1]
     assert (await running.post({"history": []})).status_code == 200
     ready = (await running.client.get("/ready")).json()
@@ -198,6 +205,55 @@ async def test_an_unreadable_pointer_leaves_the_old_version_serving(start_app, s
     assert (await running.post({"history": []})).status_code == 200
     pointer.write_bytes(content)
     await until(lambda: follower_of(running).status.failure is None)
+
+
+async def test_a_store_that_is_away_leaves_the_old_version_serving(start_app, small_store):
+    running = await start(start_app, small_store)
+    source = running.app.state.link._source
+    active = source._store.active
+
+    class DriverError(Exception):
+        pass
+
+    def away():
+        raise DriverError("no route to host")
+
+    source._store.active = away
+    await until(lambda: follower_of(running).status.failure is not None)
+    failure = (await running.client.get("/ready")).json()["store"]["failure"]
+    assert "DriverError: no route to host" in failure["message"]
+    assert (await running.post({"history": []})).status_code == 200
+    source._store.active = active
+    await until(lambda: follower_of(running).status.failure is None)
+
+
+async def test_two_hosts_on_an_object_store(start_app, small_store, tmp_path):
+    url = f"memory://{tmp_path.name}/store"
+    bucket = fsspec.filesystem("memory")
+    for path in sorted(small_store.root.rglob("*")):
+        name = path.relative_to(small_store.root).as_posix()
+        if path.is_file() and name.count("/") == 2:  # artifacts, without the pointer
+            bucket.pipe_file(f"/{tmp_path.name}/store/{name}", path.read_bytes())
+    remote = open_release_store(url, cache=tmp_path / "operator")
+    remote.activate(small_store.releases[1])
+    hosts = [
+        await start_app(store__path=url, store__cache=str(tmp_path / host), **FAST)
+        for host in ("one", "two")
+    ]
+    small_store.add(2)
+    for kind, versions in (("catalogs", small_store.catalogs), ("releases", small_store.releases)):
+        folder = small_store.root / kind / versions[2]
+        for path in folder.iterdir():
+            bucket.pipe_file(
+                f"/{tmp_path.name}/store/{kind}/{versions[2]}/{path.name}", path.read_bytes()
+            )
+    remote.activate(small_store.releases[2])
+    for host in hosts:
+        await served(host, 2, small_store)
+        answer = (await host.post({"history": ["2-3"]})).json()
+        assert answer["catalog_version"] == small_store.catalogs[2]
+        assert only_of(answer, 2)
+    assert (tmp_path / "one" / "catalogs" / small_store.catalogs[2]).is_dir()
 
 
 async def test_a_start_with_a_broken_active_release_serves_the_one_before_and_says_so(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
@@ -18,8 +19,8 @@ from server.api.admin.common import (
 from server.api.admin.schemas import JobList
 from server.api.dependencies import service_of
 from server.api.responses import JSONResponse, documented_errors
-from server.api.sse import MEDIA_TYPE, EventStream, event
-from server.errors import ErrorKind, ServiceError
+from server.api.sse import KEEP_ALIVE, MEDIA_TYPE, EventStream, event
+from server.errors import ErrorKind, ServiceError, error_body
 from server.jobs.manager import JobManager
 from server.jobs.types import Job, JobKind, JobState
 
@@ -27,6 +28,8 @@ router = admin_router()
 
 # Each watcher polls the jobs' database.
 _MAX_WATCHERS = 32
+# Proxies close what is silent, mostly after a minute.
+_KEEP_ALIVE_S = 15.0
 
 JobId = Annotated[str, Path(max_length=64, description="Of the job.")]
 
@@ -98,7 +101,7 @@ async def restart_job(job_id: JobId, request: Request) -> Response:
     responses={
         200: {
             "description": "Server-sent events; the data of each is the job as it is then. The "
-            "stream ends with the job.",
+            "stream ends with the job, or with an event named error if it can be watched no more.",
             "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
         },
         **documented_errors(*READ_ERRORS, ErrorKind.NOT_FOUND, ErrorKind.OVERLOADED),
@@ -125,5 +128,25 @@ async def watch_job(job_id: JobId, request: Request) -> Response:
 
 
 async def _events(jobs: JobManager, job_id: str) -> AsyncGenerator[bytes, None]:
-    async for job in jobs.subscribe(job_id):
-        yield event(job.model_dump(mode="json"))
+    """The job whenever it has changed; a comment now and then, so that nobody hangs up."""
+    updates = jobs.subscribe(job_id)
+    following = asyncio.ensure_future(anext(updates, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=_KEEP_ALIVE_S)
+            if not done:
+                yield KEEP_ALIVE
+                continue
+            try:
+                job = await translated(following)
+            except ServiceError as error:
+                # The head of the answer is out; what is left is to say it here.
+                yield event(error_body(error.kind, error.message, error.param), name="error")
+                return
+            if job is None:
+                return
+            yield event(job.model_dump(mode="json"))
+            following = asyncio.ensure_future(anext(updates, None))
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

@@ -63,6 +63,22 @@ async def test_the_list_above_is_complete(start_app, dummy):
     assert filled == there
 
 
+async def test_every_route_is_documented(start_app, dummy):
+    running = await start_app(dummy.make_release())
+    openapi = (await running.client.get("/openapi.json")).json()
+    assert openapi["components"]["securitySchemes"]["AdminKey"]["scheme"] == "bearer"
+    for path, methods in openapi["paths"].items():
+        for method, route in methods.items() if path.startswith("/admin") else ():
+            where = f"{method} {path}"
+            assert route["security"] == [{"AdminKey": []}], where
+            assert route["tags"] == ["admin"], where
+            assert route["summary"], where
+            assert route["description"], where
+            assert {"401", "403", "422"} <= route["responses"].keys(), where
+            if method in ("put", "patch"):
+                assert route["requestBody"]["required"], where
+
+
 async def test_every_route_is_closed_without_a_key(start_app, dummy):
     running = await start_app(dummy.make_release())
     for method, path in ROUTES:

@@ -233,6 +233,73 @@ async def test_a_watcher_who_leaves_frees_its_place(admin, monkeypatch):
     assert not watchers
 
 
+async def watch_until(admin, job, leave):
+    """Events of a job as a client sees them that leaves at some moment."""
+    sent = []
+    leaves = asyncio.Event()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": f"/admin/jobs/{job['id']}/events",
+        "raw_path": b"",
+        "query_string": b"",
+        "headers": [(b"authorization", b"Bearer a-key-of-the-tests")],
+        "client": ("127.0.0.1", 1),
+        "server": ("test", 80),
+    }
+    asked = []
+
+    async def receive():
+        if not asked:
+            asked.append(True)
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message.get("body", b""))
+        if leave(b"".join(sent)):
+            leaves.set()
+
+    async with asyncio.timeout(20):
+        await admin.running.app(scope, receive, send)
+    return b"".join(sent).decode()
+
+
+async def test_a_watcher_whose_connection_closes_is_forgotten(admin, monkeypatch):
+    monkeypatch.setattr("server.api.admin.jobs._KEEP_ALIVE_S", 0.05)
+    job = (await admin.post("/catalogs/rollback")).json()
+    # A job that waits changes nothing, so the stream says now and then that it is there.
+    seen = await watch_until(admin, job, lambda sent: sent.count(b": \n\n") >= 3)
+    assert seen.count("data: ") == 1
+    assert admin.running.app.state.job_watchers == set()
+    line = 'rectokens_rejected_total{reason="client_gone"}'
+    assert await admin.running.metric(line) == 1
+
+
+async def test_a_stream_says_so_if_the_database_goes_away(admin, monkeypatch):
+    job = (await admin.post("/catalogs/rollback")).json()
+    get, asked = admin.link.jobs.get, []
+
+    async def get_or_fail(job_id):
+        asked.append(job_id)
+        if len(asked) > 2:
+            raise RuntimeError("the password of the database is hunter2")
+        return await get(job_id)
+
+    monkeypatch.setattr(admin.link.jobs, "get", get_or_fail)
+    text = (await admin.get(f"/jobs/{job['id']}/events")).text
+    first, last = text.strip().split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["id"] == job["id"]
+    assert last.startswith("event: error\ndata: ")
+    assert json.loads(last.partition("data: ")[2])["error"]["code"] == "store_unavailable"
+    assert "hunter2" not in text
+    assert admin.running.app.state.job_watchers == set()
+
+
 async def test_versions_are_listed_with_what_they_are(admin, small_store, tiny_lm):
     small_store.add(2, items=50)
     served = small_store.catalogs[1]
