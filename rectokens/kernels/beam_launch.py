@@ -29,6 +29,7 @@ class StepSettings:
         whole: children of a row that one tile holds at most; from there on rows are cut.
         tile: pairs of a tile, rows times children, roughly.
         programs: programs that fill the device twice over; fewer rows a tile where needed.
+        waves: times ``programs`` that share the tiles of cut rows, at most.
         direct: pairs of a request up to which all of them are ranked, without a short list.
         pairs_a_copy: pairs of a request for which it gets another copy of its histogram.
         copies: copies of a histogram, at most.
@@ -41,6 +42,7 @@ class StepSettings:
     whole: int = 1024
     tile: int = 1024
     programs: int = 264
+    waves: int = 4
     direct: int = 2048
     pairs_a_copy: int = 1 << 15
     copies: int = 16
@@ -89,12 +91,9 @@ def step(
     room = capacity if direct else scratch.candidates.shape[1]
     if not direct:
         readers = min(triton.cdiv(level.pairs, settings.share), settings.readers)
-        select.pick_kernel[(readers, batch)](
+        select.pick_kernel[(readers + 1, batch)](
             scratch.keys, counters, scratch.histogram, requests.beam_width, scratch.candidates,
             capacity, room, copies, row, **sizes, BLOCK=settings.share, num_warps=8)  # fmt: skip
-        select.tie_kernel[(batch,)](
-            scratch.keys, counters, scratch.candidates, capacity, room,
-            COUNTERS_=kernels.COUNTERS, BLOCK=4096, num_warps=16)  # fmt: skip
     deeper = depth + 1
     longest = max(min(room, level.pairs), shapes.width)
     select.rank_kernel[(triton.cdiv(longest, settings.own), batch)](
@@ -234,7 +233,9 @@ def _score(
             logits, *norms, *asked, buffers.poisoned, scratch.rows, *sizes, **forms,
             BLOCK=long_block, LEVEL_BLOCK=1024,
             num_warps=max(1, min(16, long_block // 256)))  # fmt: skip
-    tiles = 1 if whole else triton.cdiv(level.max_children, block)
+    # As many programs a row as fill the device, or as a row of the longest has tiles.
+    tiles = triton.cdiv(settings.programs * settings.waves, rows_in * batch)
+    tiles = 1 if whole else min(tiles, triton.cdiv(level.max_children, block))
     kernels.score_kernel[(triton.cdiv(rows_in, rows), tiles, batch)](
         table.entries, buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
         buffers.perturbed[depth], logits, *norms, *asked, buffers.poisoned, scratch.rows,
@@ -242,12 +243,16 @@ def _score(
         max(copies, 1), scratch.histogram.stride(0), **forms, WHOLE=whole, COUNT=copies > 0,
         ROWS=rows, BLOCK=block, LEVEL_BLOCK=max(1024 // rows, 16),
         COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS,
-        num_warps=max(1, min(8, rows * block // 128)))  # fmt: skip
+        num_warps=_warps(rows * block))  # fmt: skip
 
 
 def _copies(level: LevelShape, settings: StepSettings) -> int:
     wanted = triton.next_power_of_2(max(level.pairs // settings.pairs_a_copy, 1))
     return min(int(wanted), settings.copies)
+
+
+def _warps(pairs: int) -> int:
+    return 16 if pairs > 4096 else max(1, min(8, pairs // 128))
 
 
 def _tile(level: LevelShape, rows: int, settings: StepSettings) -> tuple[int, int]:

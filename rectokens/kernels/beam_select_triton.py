@@ -9,9 +9,9 @@ that bin and of the better ones, somewhat more than W, to a short list. `rank_ke
 each key of that list, how many are larger: that is its slot, and the program that has counted
 writes the beam there. Keys differ, so the order in which a list was filled does not matter.
 
-Where one bin holds more keys than the short list has room for, as with many equal scores,
-`tie_kernel` finds the exact cut by their digits: slower, and as exact. Lists that are short from
-the start go to `rank_kernel` directly.
+Where one bin holds more keys than the short list has room for, as with many equal scores, one
+program finds the exact cut by their digits: slower, and as exact. Lists that are short from the
+start go to `rank_kernel` directly.
 """
 
 from rectokens.kernels.beam_tables_triton import codes_of, row_ptrs_of
@@ -21,8 +21,6 @@ from rectokens.kernels.beam_triton import (
     LOW32,
     NEG,
     NO_KEY,
-    TIE_BIN,
-    TIE_NEED,
     bin_of,
 )
 from rectokens.kernels.optional_triton import tl, triton
@@ -31,61 +29,15 @@ _LOW31 = tl.constexpr(0x7FFFFFFF)
 _SIGN = tl.constexpr(-(1 << 63))
 
 
-@triton.jit(do_not_specialize=["capacity", "room", "copies"])
-def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidates_ptr, capacity,
-                room, copies, histogram_row, COUNTERS_: tl.constexpr, BINS_: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
-    """Copy a share of the keys that may be among the best to `candidates` (B, room)."""
-    request = tl.program_id(1).to(tl.int64)
-    counters_ptr += request * COUNTERS_
-    count = tl.minimum(tl.load(counters_ptr + CURSOR), capacity)
-    begin = tl.program_id(0) * BLOCK
-    if begin >= count:
-        return
-    wanted = tl.load(beam_width_ptr + request)
-    bins = tl.arange(0, BINS_)
-    inside = tl.zeros((BINS_,), tl.int32)
-    for copy in range(copies):
-        inside += tl.load(histogram_ptr + request * histogram_row + copy * BINS_ + bins)
-    reached = tl.cumsum(inside, axis=0, reverse=True)
-    last = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), axis=0) - 1, 0)
-    with_last = tl.sum(tl.where(bins == last, reached, 0), axis=0)
-    above = tl.sum(tl.where(bins == last, reached - inside, 0), axis=0)
-    crowded = with_last > room
-    if crowded & (tl.program_id(0) == 0):
-        tl.store(counters_ptr + TIE_BIN, last)
-        tl.store(counters_ptr + TIE_NEED, wanted - above)
-    lowest = tl.where(crowded, last + 1, last)
-    for start in range(begin, count, tl.num_programs(0) * BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        key = tl.load(keys_ptr + request * capacity + place, mask=place < count, other=NO_KEY)
-        take = (key != NO_KEY) & (bin_of(key) >= lowest)
-        ones = take.to(tl.int32)
-        number = tl.sum(ones, axis=0)
-        if number > 0:
-            base = tl.atomic_add(counters_ptr + CANDIDATES, number, sem="relaxed")
-            out = base + tl.cumsum(ones, axis=0) - ones
-            tl.store(candidates_ptr + request * room + out, key, mask=take & (out < room))
-
-
 @triton.jit
 def _digits(key):
     """Keys as unsigned numbers of the same order."""
     return (key ^ _SIGN).to(tl.uint64)
 
 
-@triton.jit(do_not_specialize=["capacity", "room"])
-def tie_kernel(keys_ptr, counters_ptr, candidates_ptr, capacity, room, COUNTERS_: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    """Add the best keys of a bin that does not fit as a whole; one program a request."""
-    request = tl.program_id(0).to(tl.int64)
-    counters_ptr += request * COUNTERS_
-    need = tl.load(counters_ptr + TIE_NEED)
-    if need <= 0:
-        return
-    tie_bin = tl.load(counters_ptr + TIE_BIN)
-    count = tl.minimum(tl.load(counters_ptr + CURSOR), capacity)
-    keys_ptr += request * capacity
+@triton.jit
+def _least_of_bin(keys_ptr, count, bin_, need, BLOCK: tl.constexpr):
+    """The `need`-th best key of a bin as an unsigned number, a digit of 8 bits at a time."""
     digits = tl.arange(0, 256)
     known = tl.full((1,), 0, tl.uint64)
     for step in range(8):
@@ -97,23 +49,70 @@ def tie_kernel(keys_ptr, counters_ptr, candidates_ptr, capacity, room, COUNTERS_
             number = _digits(key)
             # Shifted twice: a shift by all 64 bits is undefined.
             same = ((number >> shift) >> 8) == ((known >> shift) >> 8)
-            mask = (key != NO_KEY) & (bin_of(key) == tie_bin) & same
+            mask = (key != NO_KEY) & (bin_of(key) == bin_) & same
             digit = ((number >> shift) & 255).to(tl.int32)
             total += tl.histogram(digit, 256, mask=mask)
         reached = tl.cumsum(total, axis=0, reverse=True)
         last = tl.sum((reached >= need).to(tl.int32), axis=0) - 1
         need -= tl.sum(tl.where(digits == last, reached - total, 0), axis=0)
         known += last.to(tl.uint64) << shift
-    filled = tl.load(counters_ptr + CANDIDATES)
-    for start in range(0, count, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        key = tl.load(keys_ptr + place, mask=place < count, other=NO_KEY)
-        take = (key != NO_KEY) & (bin_of(key) == tie_bin) & (_digits(key) >= known)
-        ones = take.to(tl.int32)
-        out = filled + tl.cumsum(ones, axis=0) - ones
-        tl.store(candidates_ptr + request * room + out, key, mask=take & (out < room))
-        filled += tl.sum(ones, axis=0)
-    tl.store(counters_ptr + CANDIDATES, filled)
+    return known
+
+
+@triton.jit
+def _append(candidates_ptr, cursor_ptr, key, take, room):
+    ones = take.to(tl.int32)
+    number = tl.sum(ones, axis=0)
+    if number > 0:
+        base = tl.atomic_add(cursor_ptr, number, sem="relaxed")
+        out = base + tl.cumsum(ones, axis=0) - ones
+        tl.store(candidates_ptr + out, key, mask=take & (out < room))
+
+
+@triton.jit(do_not_specialize=["capacity", "room", "copies"])
+def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidates_ptr, capacity,
+                room, copies, histogram_row, COUNTERS_: tl.constexpr, BINS_: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """Copy the keys that may be among the best to `candidates` (B, room).
+
+    The last program of a request finds those of a bin that does not fit as a whole; the others
+    each read a share of the keys.
+    """
+    request = tl.program_id(1).to(tl.int64)
+    readers = tl.num_programs(0) - 1
+    counters_ptr += request * COUNTERS_
+    count = tl.minimum(tl.load(counters_ptr + CURSOR), capacity)
+    begin = tl.program_id(0) * BLOCK
+    spare = tl.program_id(0) == readers
+    if (begin >= count) & (not spare):
+        return
+    wanted = tl.load(beam_width_ptr + request)
+    bins = tl.arange(0, BINS_)
+    inside = tl.zeros((BINS_,), tl.int32)
+    for copy in range(copies):
+        inside += tl.load(histogram_ptr + request * histogram_row + copy * BINS_ + bins)
+    reached = tl.cumsum(inside, axis=0, reverse=True)
+    last = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), axis=0) - 1, 0)
+    with_last = tl.sum(tl.where(bins == last, reached, 0), axis=0)
+    crowded = with_last > room
+    keys_ptr += request * capacity
+    candidates_ptr += request * room
+    if spare:
+        if crowded:
+            above = tl.sum(tl.where(bins == last, reached - inside, 0), axis=0)
+            least = _least_of_bin(keys_ptr, count, last, wanted - above, BLOCK)
+            for start in range(0, count, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                key = tl.load(keys_ptr + place, mask=place < count, other=NO_KEY)
+                take = (key != NO_KEY) & (bin_of(key) == last) & (_digits(key) >= least)
+                _append(candidates_ptr, counters_ptr + CANDIDATES, key, take, room)
+    else:
+        lowest = tl.where(crowded, last + 1, last)
+        for start in range(begin, count, readers * BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            key = tl.load(keys_ptr + place, mask=place < count, other=NO_KEY)
+            take = (key != NO_KEY) & (bin_of(key) >= lowest)
+            _append(candidates_ptr, counters_ptr + CANDIDATES, key, take, room)
 
 
 @triton.jit(do_not_specialize=["room", "width", "depth", "copies"])

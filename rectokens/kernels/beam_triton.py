@@ -9,9 +9,8 @@ integers; below, the pair's place in the order of ties, 13 bits of slot and 16 b
 
 `score_kernel` computes the keys of all pairs and appends them to the request's list. Where each
 row's children fit one tile it finds the row's normalisers by itself; otherwise `stats_kernel`
-finds them first, and a row is cut into tiles that know nothing of each other. The order of the
-list depends on which program came first; nothing that is made of it does
-(`beam_select_triton` beside this).
+finds them first, and several programs share a row's tiles. The order of the list depends on which
+program came first; nothing that is made of it does (`beam_select_triton` beside this).
 """
 
 from rectokens.kernels.beam_filters_triton import filters_of, not_filtered
@@ -20,11 +19,9 @@ from rectokens.kernels.optional_triton import tl, triton
 from rectokens.kernels.selection_triton import gumbel_of_bits, node_hash_of
 
 BINS = 4096
-COUNTERS = 4
+COUNTERS = 2
 CURSOR = tl.constexpr(0)
 CANDIDATES = tl.constexpr(1)
-TIE_BIN = tl.constexpr(2)
-TIE_NEED = tl.constexpr(3)
 NO_KEY = tl.constexpr(-(1 << 63))
 LOW32 = tl.constexpr(0xFFFFFFFF)
 NEG = tl.constexpr(float("-inf"))
@@ -221,13 +218,13 @@ def score_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, perturbed_ptr,
                  HAS_LEVEL: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
                  COUNTERS_: tl.constexpr, BINS_: tl.constexpr):  # fmt: skip
-    """Keys of a tile of pairs, (ROWS, BLOCK), appended to `keys` (B, capacity).
+    """Keys of tiles of pairs, (ROWS, BLOCK), appended to `keys` (B, capacity).
 
-    WHOLE: the tile holds all children of its rows. COUNT: also add up the bins of the keys.
+    WHOLE: a tile holds all children of its rows; otherwise programs share each row's tiles.
+    COUNT: also add up the bins of the keys.
     """
     request = tl.program_id(2).to(tl.int64)
     beam = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start = 0 if WHOLE else tl.program_id(1) * BLOCK
     row = request * width + beam
     score = tl.load(scores_ptr + row, mask=beam < width_in, other=NEG)
     live = finite(score) & (tl.load(beam_width_ptr + request) > 0)
@@ -236,66 +233,68 @@ def score_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, perturbed_ptr,
     row_ptrs = row_ptrs_of(table_ptr)
     node = tl.load(nodes_ptr + row, mask=live, other=0)
     first = tl.load(row_ptrs + node, mask=live, other=0)
-    count = tl.load(row_ptrs + node + 1, mask=live, other=0) - first
-    # A tile takes a part of each row's children.
-    count = tl.minimum(tl.maximum(count - start, 0), BLOCK)
-    pairs = tl.sum(count, axis=0)
-    if pairs == 0:
-        return
-    offset = tl.arange(0, BLOCK)[None, :]
-    slot = start + offset
-    there = offset < count[:, None]
+    children = tl.load(row_ptrs + node + 1, mask=live, other=0) - first
     logits_row = request * logits_batch + beam.to(tl.int64) * logits_beam
-    child, logit, bad = _children(table_ptr, logits_ptr, logits_row[:, None], first[:, None], slot,
-                                  there, COMPACT)  # fmt: skip
     prefix, listed, start_, counts_ptr, excluded = filters_of(
         request, prefixes_ptr, allow_list_ptr, exclusion_start_ptr, exclusion_end_ptr,
         exclusion_counts_ptr)  # fmt: skip
-    out = rows_ptr + row * 4
-    if WHOLE:
-        if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
-            tl.store(poisoned_ptr + request, 1)
-        peak = tl.full((ROWS,), NEG, tl.float32)
-        peak, total = _merge(peak, tl.zeros((ROWS,), tl.float32), logit)
-        log_norm = _given_norm(
-            _log_sum(peak, total), tl.load(normalization_ptr + request), request * width_in + beam,
-            live, logits_ptr, logits_row, vocab_ptr, level_ptr, codebook_size, HAS_VOCAB, HAS_LEVEL,
-            COMPACT, ROWS, LEVEL_BLOCK)  # fmt: skip
-        tl.store(out, log_norm, mask=live)
-    else:
-        log_norm = tl.load(out, mask=live, other=0.0)
-    ranking = score[:, None] + (logit - log_norm[:, None])
-    allowed = not_filtered(child, there & finite(ranking), table_ptr, prefix, listed,
-                           exclusions_ptr, counts_ptr, start_, excluded, BELOW)  # fmt: skip
-
     temperature = tl.load(temperature_ptr + request)
-    if temperature > 0:
-        seed = tl.load(seed_ptr + request)
-        parent_log_prob = tl.load(log_probs_ptr + row, mask=live, other=0.0)
-        parent = tl.load(perturbed_ptr + row, mask=live, other=0.0)
-        if WHOLE:
-            peak = tl.full((ROWS,), NEG, tl.float32)
-            heated = tl.where(allowed, logit / temperature, NEG)
-            peak, total = _merge(peak, tl.zeros((ROWS,), tl.float32), heated)
-            heat = _log_sum(peak, total)
-            tl.store(out + 1, heat, mask=live)
-            noisy = _noisy(logit, allowed, heat[:, None], temperature, parent_log_prob[:, None],
-                           seed, child)  # fmt: skip
-            largest = tl.max(noisy, axis=1)
-        else:
-            heat = tl.load(out + 1, mask=live, other=0.0)
-            noisy = _noisy(logit, allowed, heat[:, None], temperature, parent_log_prob[:, None],
-                           seed, child)  # fmt: skip
-            largest = tl.load(out + 2, mask=live, other=0.0)
-        ranking = _conditioned(noisy, largest[:, None], allowed, parent[:, None])
+    out = rows_ptr + row * 4
+    # Programs take turns at several copies, so that they queue less at the fullest bins.
+    copy = (tl.program_id(0) + tl.program_id(1)) % copies
+    histogram_ptr += request * histogram_row + copy * BINS_
 
-    key = key_of(ranking, beam[:, None], slot)
-    base = tl.atomic_add(counters_ptr + request * COUNTERS_ + CURSOR, pairs, sem="relaxed")
-    place = base + (tl.cumsum(count, axis=0) - count)[:, None] + offset
-    tl.store(keys_ptr + request * capacity + place, tl.where(allowed, key, NO_KEY),
-             mask=there & (place < capacity))  # fmt: skip
-    if COUNT:
-        # Programs take turns at several copies, so that they queue less at the fullest bins.
-        copy = (tl.program_id(0) + tl.program_id(1)) % copies
-        histogram_ptr += request * histogram_row + copy * BINS_
-        tl.atomic_add(histogram_ptr + bin_of(key), 1, mask=allowed, sem="relaxed")
+    from_ = tl.program_id(1) * BLOCK
+    to = from_ + 1 if WHOLE else tl.max(children, axis=0)
+    for start in range(from_, to, tl.num_programs(1) * BLOCK):
+        # A tile takes a part of each row's children.
+        count = tl.minimum(tl.maximum(children - start, 0), BLOCK)
+        pairs = tl.sum(count, axis=0)
+        offset = tl.arange(0, BLOCK)[None, :]
+        slot = start + offset
+        there = offset < count[:, None]
+        child, logit, bad = _children(table_ptr, logits_ptr, logits_row[:, None], first[:, None],
+                                      slot, there, COMPACT)  # fmt: skip
+        if WHOLE:
+            if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
+                tl.store(poisoned_ptr + request, 1)
+            peak = tl.full((ROWS,), NEG, tl.float32)
+            peak, total = _merge(peak, tl.zeros((ROWS,), tl.float32), logit)
+            log_norm = _given_norm(
+                _log_sum(peak, total), tl.load(normalization_ptr + request),
+                request * width_in + beam, live, logits_ptr, logits_row, vocab_ptr, level_ptr,
+                codebook_size, HAS_VOCAB, HAS_LEVEL, COMPACT, ROWS, LEVEL_BLOCK)  # fmt: skip
+            tl.store(out, log_norm, mask=live)
+        else:
+            log_norm = tl.load(out, mask=live, other=0.0)
+        ranking = score[:, None] + (logit - log_norm[:, None])
+        allowed = not_filtered(child, there & finite(ranking), table_ptr, prefix, listed,
+                               exclusions_ptr, counts_ptr, start_, excluded, BELOW)  # fmt: skip
+
+        if temperature > 0:
+            seed = tl.load(seed_ptr + request)
+            parent_log_prob = tl.load(log_probs_ptr + row, mask=live, other=0.0)
+            parent = tl.load(perturbed_ptr + row, mask=live, other=0.0)
+            if WHOLE:
+                peak = tl.full((ROWS,), NEG, tl.float32)
+                heated = tl.where(allowed, logit / temperature, NEG)
+                peak, total = _merge(peak, tl.zeros((ROWS,), tl.float32), heated)
+                heat = _log_sum(peak, total)
+                tl.store(out + 1, heat, mask=live)
+                noisy = _noisy(logit, allowed, heat[:, None], temperature,
+                               parent_log_prob[:, None], seed, child)  # fmt: skip
+                largest = tl.max(noisy, axis=1)
+            else:
+                heat = tl.load(out + 1, mask=live, other=0.0)
+                noisy = _noisy(logit, allowed, heat[:, None], temperature,
+                               parent_log_prob[:, None], seed, child)  # fmt: skip
+                largest = tl.load(out + 2, mask=live, other=0.0)
+            ranking = _conditioned(noisy, largest[:, None], allowed, parent[:, None])
+
+        key = key_of(ranking, beam[:, None], slot)
+        base = tl.atomic_add(counters_ptr + request * COUNTERS_ + CURSOR, pairs, sem="relaxed")
+        place = base + (tl.cumsum(count, axis=0) - count)[:, None] + offset
+        tl.store(keys_ptr + request * capacity + place, tl.where(allowed, key, NO_KEY),
+                 mask=there & (place < capacity))  # fmt: skip
+        if COUNT:
+            tl.atomic_add(histogram_ptr + bin_of(key), 1, mask=allowed, sem="relaxed")

@@ -74,7 +74,6 @@ def test_score_of_cut_rows(tmp_path):
 
 def test_selection(tmp_path):
     compile_(select.pick_kernel, tmp_path, warps=8, BLOCK=2048, **SIZES)
-    compile_(select.tie_kernel, tmp_path, warps=16, BLOCK=4096, COUNTERS_=kernels.COUNTERS)
 
 
 @pytest.mark.parametrize("direct", [False, True])
