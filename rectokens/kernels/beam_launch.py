@@ -37,6 +37,7 @@ class StepSettings:
         share: keys a program of the selection reads at a time.
         readers: programs a request that read its list, at most.
         room_factor: length of the short list over the beam width.
+        early: launch kernels while the one before still runs (from Hopper on).
     """
 
     whole: int = 1024
@@ -50,6 +51,7 @@ class StepSettings:
     share: int = 2048
     readers: int = 132
     room_factor: int = 2
+    early: bool = False
 
 
 DEFAULT = StepSettings()
@@ -87,13 +89,15 @@ def step(
            scratch, settings, copies=0 if direct else copies)  # fmt: skip
     batch, counters = buffers.batch, scratch.counters[depth]
     sizes = {"COUNTERS_": kernels.COUNTERS, "BINS_": kernels.BINS}
+    early = _early(settings)
     capacity, row = scratch.keys.shape[1], scratch.histogram.stride(0)
     room = capacity if direct else scratch.candidates.shape[1]
     if not direct:
         readers = min(triton.cdiv(level.pairs, settings.share), settings.readers)
         select.pick_kernel[(readers + 1, batch)](
             scratch.keys, counters, scratch.histogram, requests.beam_width, scratch.candidates,
-            capacity, room, copies, row, **sizes, BLOCK=settings.share, num_warps=8)  # fmt: skip
+            capacity, room, copies, row, **sizes, BLOCK=settings.share, **early,
+            num_warps=8)  # fmt: skip
     deeper = depth + 1
     longest = max(min(room, level.pairs), shapes.width)
     select.rank_kernel[(triton.cdiv(longest, settings.own), batch)](
@@ -105,7 +109,7 @@ def step(
         buffers.perturbed[deeper], buffers.ancestors[deeper], buffers.alive[deeper],
         logits.stride(0), logits.stride(1), room, shapes.width, depth, copies, row, COMPACT=compact,
         DIRECT=direct, LEVELS=shapes.num_levels, **sizes, OWN=settings.own, BLOCK=256,
-        num_warps=4)  # fmt: skip
+        **early, num_warps=4)  # fmt: skip
 
 
 def child_logits(
@@ -206,6 +210,7 @@ def _score(
     level = shapes.levels[depth]
     rows_in = logits.shape[1]
     whole = level.max_children <= settings.whole
+    early = _early(settings)
     forms = {
         "BELOW": shapes.num_levels - depth - 1,
         "COMPACT": compact,
@@ -231,7 +236,7 @@ def _score(
         kernels.stats_kernel[(rows_in, batch)](
             table.entries, buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
             logits, *norms, *asked, buffers.poisoned, scratch.rows, *sizes, **forms,
-            BLOCK=long_block, LEVEL_BLOCK=1024,
+            BLOCK=long_block, LEVEL_BLOCK=1024, **early,
             num_warps=max(1, min(16, long_block // 256)))  # fmt: skip
     # As many programs a row as fill the device, or as a row of the longest has tiles.
     tiles = triton.cdiv(settings.programs * settings.waves, rows_in * batch)
@@ -242,8 +247,13 @@ def _score(
         scratch.keys, scratch.counters[depth], scratch.histogram, *sizes, scratch.keys.shape[1],
         max(copies, 1), scratch.histogram.stride(0), **forms, WHOLE=whole, COUNT=copies > 0,
         ROWS=rows, BLOCK=block, LEVEL_BLOCK=max(1024 // rows, 16),
-        COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS,
+        COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS, **early,
         num_warps=_warps(rows * block))  # fmt: skip
+
+
+def _early(settings: StepSettings) -> dict[str, bool]:
+    """Launch a kernel while the one before still runs; it waits for it by itself."""
+    return {"EARLY": True, "launch_pdl": True} if settings.early else {"EARLY": False}
 
 
 def _copies(level: LevelShape, settings: StepSettings) -> int:

@@ -22,6 +22,7 @@ from rectokens.kernels.beam_triton import (
     NEG,
     NO_KEY,
     bin_of,
+    wait_for_inputs,
 )
 from rectokens.kernels.optional_triton import tl, triton
 
@@ -72,12 +73,13 @@ def _append(candidates_ptr, cursor_ptr, key, take, room):
 @triton.jit(do_not_specialize=["capacity", "room", "copies"])
 def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidates_ptr, capacity,
                 room, copies, histogram_row, COUNTERS_: tl.constexpr, BINS_: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Copy the keys that may be among the best to `candidates` (B, room).
 
     The last program of a request finds those of a bin that does not fit as a whole; the others
     each read a share of the keys.
     """
+    wait_for_inputs(EARLY)
     request = tl.program_id(1).to(tl.int64)
     readers = tl.num_programs(0) - 1
     counters_ptr += request * COUNTERS_
@@ -123,11 +125,13 @@ def rank_kernel(table_ptr, candidates_ptr, counters_ptr, histogram_ptr, logits_p
                 alive_ptr, logits_batch, logits_beam, room, width, depth, copies,
                 histogram_row, COMPACT: tl.constexpr,
                 DIRECT: tl.constexpr, LEVELS: tl.constexpr, COUNTERS_: tl.constexpr,
-                BINS_: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                BINS_: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
+                EARLY: tl.constexpr):  # fmt: skip
     """Rank OWN keys of `candidates` (B, room), write the beams at their slots; fill dead slots.
 
     DIRECT: the candidates are all the pairs, with NO_KEY among them.
     """
+    wait_for_inputs(EARLY)
     request = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
     counters_ptr += request * COUNTERS_

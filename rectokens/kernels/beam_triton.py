@@ -35,6 +35,14 @@ _LEVEL = tl.constexpr(1)
 
 
 @triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Of a kernel that was launched early: let the next one come, wait for the one before."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def finite(x):
     """Neither infinite nor NaN."""
     return (x > float("-inf")) & (x < float("inf"))
@@ -140,8 +148,9 @@ def stats_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, logits_ptr, vo
                  exclusion_counts_ptr, poisoned_ptr, rows_ptr, logits_batch, logits_beam, width_in,
                  width, codebook_size, BELOW: tl.constexpr, COMPACT: tl.constexpr,
                  HAS_VOCAB: tl.constexpr, HAS_LEVEL: tl.constexpr, BLOCK: tl.constexpr,
-                 LEVEL_BLOCK: tl.constexpr):  # fmt: skip
+                 LEVEL_BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Of one row: log-normaliser, the one at the temperature, largest noisy child; (B, W, 4)."""
+    wait_for_inputs(EARLY)
     beam = tl.program_id(0) + tl.zeros((1,), tl.int32)
     request = tl.program_id(1).to(tl.int64)
     score = tl.load(scores_ptr + request * width + beam)
@@ -217,12 +226,14 @@ def score_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, perturbed_ptr,
                  COMPACT: tl.constexpr, HAS_VOCAB: tl.constexpr,
                  HAS_LEVEL: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
-                 COUNTERS_: tl.constexpr, BINS_: tl.constexpr):  # fmt: skip
+                 COUNTERS_: tl.constexpr, BINS_: tl.constexpr,
+                 EARLY: tl.constexpr):  # fmt: skip
     """Keys of tiles of pairs, (ROWS, BLOCK), appended to `keys` (B, capacity).
 
     WHOLE: a tile holds all children of its rows; otherwise programs share each row's tiles.
     COUNT: also add up the bins of the keys.
     """
+    wait_for_inputs(EARLY)
     request = tl.program_id(2).to(tl.int64)
     beam = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = request * width + beam

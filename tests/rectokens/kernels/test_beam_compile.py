@@ -28,6 +28,9 @@ SIZES = {"COUNTERS_": kernels.COUNTERS, "BINS_": kernels.BINS}
 
 
 def compile_(kernel, tmp_path, dtype="fp32", warps=4, **constants):
+    if "EARLY" in kernel.arg_names:
+        constants["EARLY"] = True
+
     def kind(name):
         if name in constants:
             return "constexpr"
