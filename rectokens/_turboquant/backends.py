@@ -44,12 +44,16 @@ class TritonBackend:
     """One fused kernel each way."""
 
     def __init__(self, bits: int, rotation: Rotation, device: torch.device) -> None:
-        from rectokens.kernels import turboquant_launch
+        from rectokens.kernels import turboquant_launch, turboquant_warp_launch
 
         self._launch = turboquant_launch
+        self._warp_launch = turboquant_warp_launch
         self._bits = bits
         self._rotation = rotation
         self._tables = turboquant_launch.kernel_tables(rotation, bits, device)
+        self._lane_signs: Tensor | None = None
+        if turboquant_warp_launch.supports(rotation, bits, device):
+            self._lane_signs = turboquant_warp_launch.lane_signs(rotation).to(device)
 
     def encode(self, x: Tensor, packed: Tensor, norms: Tensor) -> None:
         """See `Backend`."""
@@ -57,13 +61,23 @@ class TritonBackend:
             x = x.float()
         if x.stride(1) != 1:
             x = x.contiguous()
+        if self._lane_signs is not None and self._warp_launch.takes(x):
+            self._warp_launch.launch_encode(
+                x, packed, norms, self._bits, self._rotation, self._lane_signs
+            )
+            return
         self._launch.launch_encode(x, packed, norms, self._bits, self._rotation, self._tables)
 
     def decode(self, packed: Tensor, norms: Tensor, x_hat: Tensor) -> None:
         """See `Backend`."""
-        self._launch.launch_decode(
-            packed.contiguous(), norms.contiguous(), x_hat, self._bits, self._rotation, self._tables
-        )
+        packed, norms = packed.contiguous(), norms.contiguous()
+        # Codes are read a word at a time.
+        if self._lane_signs is not None and packed.data_ptr() % 4 == 0:
+            self._warp_launch.launch_decode(
+                packed, norms, x_hat, self._bits, self._rotation, self._lane_signs
+            )
+            return
+        self._launch.launch_decode(packed, norms, x_hat, self._bits, self._rotation, self._tables)
 
 
 @lru_cache(maxsize=1)

@@ -40,7 +40,8 @@ def assert_same_code(dim, bits, gpu, cpu):
     levels = unpack(gpu[0].cpu(), bits, dim).int() - unpack(cpu[0], bits, dim).int()
     assert levels.abs().max() <= 1
     assert levels.ne(0).double().mean() <= MAX_DIFFERING[bits]
-    torch.testing.assert_close(gpu[1].cpu(), cpu[1], rtol=1e-6, atol=0)
+    # Sums of up to 16,384 squares, in two orders; each is within 3e-6 of the exact norm.
+    torch.testing.assert_close(gpu[1].cpu(), cpu[1], rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,24 +112,50 @@ def test_values_that_are_not_finite_are_refused(value, dtype):
         encode_embeddings(x)
 
 
-def test_every_byte_is_written_and_none_beside():
-    from rectokens.kernels.turboquant_launch import kernel_tables, launch_decode, launch_encode
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_are_exact_to_float32(dtype):
+    for dim in (64, 4096, 16384, 2560):
+        x = rows(200, dim, dtype)
+        norms = quantizer_for(dim, 4, codec_for(dim)).encode(x.cuda())[1].cpu()
+        torch.testing.assert_close(norms.double(), x.double().norm(dim=1), rtol=1e-6, atol=0)
 
-    quantizer = TurboQuantMSE(4096, 4)
-    rotation = quantizer._rotation
-    tables = kernel_tables(rotation, 4, torch.device("cuda", torch.cuda.current_device()))
-    x = rows(301, 4096, torch.bfloat16).cuda()
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", [512, 4096])
+def test_both_kernels_of_a_size(dim, bits, dtype):
+    """Sizes that a warp holds are also the tile kernels', for rows that are not aligned."""
+    quantizer = TurboQuantMSE(dim, bits)
+    x = rows(300, dim, dtype)
+    cpu = quantizer.encode(x)
+    flat = torch.zeros(300 * dim + 1, dtype=dtype, device="cuda")
+    odd = flat[1:].view(300, dim).copy_(x)
+    assert_same_code(dim, bits, quantizer.encode(odd), cpu)
+    codes = torch.zeros(cpu[0].numel() + 1, dtype=torch.uint8, device="cuda")
+    codes = codes[1:].view(cpu[0].shape).copy_(cpu[0])
+    got, expected = quantizer.decode(codes, cpu[1].cuda()).cpu(), quantizer.decode(*cpu)
+    assert (got - expected).norm() / expected.norm() < 1e-3
+
+
+@pytest.mark.parametrize("dim", [2560, 4096, 8192])
+def test_every_byte_is_written_and_none_beside(dim):
+    from rectokens._turboquant.backends import make_backend
+
+    quantizer = quantizer_for(dim, 4, codec_for(dim))
+    device = torch.device("cuda", torch.cuda.current_device())
+    backend = make_backend(dim, 4, quantizer._rotation, device)
+    x = rows(301, dim, torch.bfloat16).cuda()
     expected = quantizer.encode(x)
     for poison in (0x00, 0xFF):
-        packed = torch.full((303, 2048), poison, dtype=torch.uint8, device="cuda")
+        packed = torch.full((303, dim // 2), poison, dtype=torch.uint8, device="cuda")
         norms = torch.full((303,), math.nan, device="cuda")
-        launch_encode(x, packed[1:-1], norms[1:-1], 4, rotation, tables)
+        backend.encode(x, packed[1:-1], norms[1:-1])
         assert torch.equal(packed[1:-1], expected[0])
         assert torch.equal(norms[1:-1], expected[1])
         assert (packed[[0, -1]] == poison).all()
         assert norms[[0, -1]].isnan().all()
-    out = torch.full((303, 4096), math.nan, device="cuda")
-    launch_decode(*expected, out[1:-1], 4, rotation, tables)
+    out = torch.full((303, dim), math.nan, device="cuda")
+    backend.decode(*expected, out[1:-1])
     assert torch.equal(out[1:-1], quantizer.decode(*expected))
     assert out[[0, -1]].isnan().all()
 
@@ -179,21 +206,25 @@ def test_one_launch_and_no_copy_of_the_rows():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         quantizer.encode(x)
         torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
-    assert sum("encode_kernel" in name for name in names) == 1
-    assert sum(e.count for e in profile.key_averages() if "encode_kernel" in e.key) == 1
+    launched = {event.key: event.count for event in profile.key_averages()}
+    assert [count for name, count in launched.items() if "encode" in name] == [1]
 
 
 def test_warmup_leaves_nothing_to_compile():
-    warmup_encode(2048, bits=2)
     from rectokens.kernels.turboquant import encode_kernel
+    from rectokens.kernels.turboquant_warp import encode_warp_kernel
 
-    device = torch.cuda.current_device()
-    compiled = len(encode_kernel.device_caches[device][0])
-    for n in (1, 2, 16, 1000):
-        for dtype in DTYPES:
-            encode_embeddings(rows(n, 2048, dtype).cuda(), bits=2)
-    assert len(encode_kernel.device_caches[device][0]) == compiled
+    def compiled():
+        device = torch.cuda.current_device()
+        return [len(k.device_caches[device][0]) for k in (encode_kernel, encode_warp_kernel)]
+
+    for dim, bits in ((2048, 2), (2560, 2)):
+        warmup_encode(dim, bits=bits, codec=codec_for(dim))
+        before = compiled()
+        for n in (1, 2, 16, 1000):
+            for dtype in DTYPES:
+                encode_embeddings(rows(n, dim, dtype).cuda(), bits=bits, codec=codec_for(dim))
+        assert compiled() == before
 
 
 def test_payload_decoded_on_the_device():

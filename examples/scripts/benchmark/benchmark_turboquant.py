@@ -18,6 +18,7 @@ under other launch settings as well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import math
@@ -41,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (1024, 2048, 2560, 4096, 5120, 8192, 16384)
 ROWS = (1, 8, 64, 256, 1024, 4096, 8192, 16384, 65536)
 MAX_DIFFERING = {1: 0.001, 2: 0.001, 4: 0.003, 8: 0.03}
-_CHECKED_ROWS = 64
+_CHECKED_ELEMENTS = 1 << 18
 _COLD_BYTES = 256 << 20
 _MAX_BUFFER_SETS = 16
 _LAUNCHES = 16
@@ -115,7 +116,7 @@ def check(dim: int, bits: int, dtype: torch.dtype, device: torch.device) -> floa
         RuntimeError: they differ by more than rounding explains.
     """
     quantizer = quantizer_for(dim, bits, codec_for(dim))
-    x = torch.randn(_CHECKED_ROWS, dim, dtype=torch.float32).to(dtype)
+    x = torch.randn(max(64, _CHECKED_ELEMENTS // dim), dim, dtype=torch.float32).to(dtype)
     packed, norms = quantizer.encode(x)
     on_device = quantizer.encode(x.to(device))
     levels = unpack(packed, bits, dim).int() - unpack(on_device[0].cpu(), bits, dim).int()
@@ -128,7 +129,7 @@ def check(dim: int, bits: int, dtype: torch.dtype, device: torch.device) -> floa
             f"dim {dim}, {bits} bits, {dtype}: {differing:.4%} of indices differ, by up to "
             f"{int(levels.abs().max())}; decoded rows differ by {error:.2e}"
         )
-    if not torch.allclose(norms, on_device[1].cpu(), rtol=1e-6):
+    if not torch.allclose(norms, on_device[1].cpu(), rtol=4e-6):
         raise RuntimeError(f"dim {dim}, {bits} bits, {dtype}: norms differ")
     return differing
 
@@ -289,6 +290,17 @@ def measure(
         )
 
 
+def sizes(device: torch.device, rate: float, options: argparse.Namespace) -> Iterator[Record]:
+    """Every size that fits, its results checked first."""
+    for dim, bits, dtype in itertools.product(options.dims, options.bits, options.dtypes):
+        differing = check(dim, bits, DTYPES[dtype], device)
+        for rows in options.rows:
+            if 2 * ideal_bytes("decode", dim, bits, 4, rows) * 2 > options.max_gib * (1 << 30):
+                print(f"skipped: dim {dim}, {rows} rows, over {options.max_gib} GiB")
+                continue
+            yield from measure(dim, bits, dtype, rows, device, rate, differing, options)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -317,24 +329,23 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     rate = copy_rate(device, options.repeats)
     print(f"{name}, torch {torch.__version__}, copy {rate / 1e9:.0f} GB/s")
     records: list[Record] = []
-    for dim, bits, dtype in itertools.product(options.dims, options.bits, options.dtypes):
-        differing = check(dim, bits, DTYPES[dtype], device)
-        for rows in options.rows:
-            if 2 * ideal_bytes("decode", dim, bits, 4, rows) * 2 > options.max_gib * (1 << 30):
-                print(f"skipped: dim {dim}, {rows} rows, over {options.max_gib} GiB")
-                continue
-            for record in measure(dim, bits, dtype, rows, device, rate, differing, options):
-                records.append(record)
-                print(
-                    f"{record.direction} {record.arm:<10} d={dim:<6} {bits} bits {dtype} "
-                    f"{rows:>6} rows {record.microseconds:>10.2f} us {record.gb_per_s:>8.1f} GB/s "
-                    f"{record.share_of_copy:>6.1%} of copy"
-                )
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if options.csv:
+            # Written as it goes: a run that is cut short leaves what it measured.
+            file = stack.enter_context(options.csv.open("w", newline="", buffering=1))
             writer = csv.DictWriter(file, [field.name for field in fields(Record)])
             writer.writeheader()
-            writer.writerows(asdict(record) for record in records)
+        for record in sizes(device, rate, options):
+            records.append(record)
+            if writer:
+                writer.writerow(asdict(record))
+            print(
+                f"{record.direction} {record.arm:<10} d={record.dim:<6} {record.bits} bits "
+                f"{record.dtype} {record.rows:>6} rows {record.microseconds:>10.2f} us "
+                f"{record.gb_per_s:>8.1f} GB/s {record.share_of_copy:>6.1%} of copy",
+                flush=True,
+            )
     return records
 
 

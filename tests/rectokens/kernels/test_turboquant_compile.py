@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rectokens._turboquant.codec import block_rotation, codec_for, hadamard_rotation
+from rectokens.kernels.hadamard_ptx import SLICE, decode_ptx, encode_ptx
 from rectokens.kernels.turboquant import decode_kernel, encode_kernel
 from rectokens.kernels.turboquant_launch import (
     boundary_guess,
@@ -20,6 +21,9 @@ from rectokens.kernels.turboquant_launch import (
     encode_settings,
     tile_shape,
 )
+
+turboquant_warp = pytest.importorskip("rectokens.kernels.turboquant_warp")
+gluon_runtime = pytest.importorskip("triton.experimental.gluon._runtime")
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -147,3 +151,74 @@ def test_the_main_encode_kernel_moves_wide_words(tmp_path):
     # Rows come in 16 bytes a thread, prefetched; the bytes of a row leave in wide stores.
     assert re.search(r"LDGSTS\S*\.128", code)
     assert re.search(r"STG\.E\.(64|128)", code)
+
+
+WARP_CODES = {1: "*u8", 2: "*i16", 4: "*i32"}
+
+
+def compile_warp(kernel, types, constants, text, tmp_path):
+    """The same of a kernel in which a warp holds a row."""
+    constants = {**constants, "PTX": text[0], "CONSTRAINTS": text[1]}
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    place = kernel.arg_names.index
+    source = gluon_runtime.GluonASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs={(place(name),): value for name, value in constants.items()},
+        attrs={
+            (place(name),): [["tt.divisibility", 16]]
+            for name, kind in types.items()
+            if kind.startswith("*") or name == "x_stride"
+        },
+    )
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": 1})
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = run("--dump-resource-usage", cubin)
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local, compiled.metadata.shared, run("-sass", cubin)
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits", "kind", "most_registers"),
+    [(4096, 4, "bf16", 128), (4096, 1, "fp16", 128), (1024, 4, "fp32", 128), (512, 2, "bf16", 64)],
+)
+def test_encode_in_a_warp(dim, bits, kind, most_registers, tmp_path):
+    types = {
+        "x_ptr": "*i64" if kind == "fp32" else "*i32",
+        "packed_ptr": WARP_CODES[bits],
+        "norms_ptr": "*fp32",
+        "signs_ptr": "*i32",
+        "x_stride": "i32",
+        "gain": "fp32",
+    }
+    constants = {"SLICES": dim // SLICE, "KIND": kind}
+    registers, spilled, shared, code = compile_warp(
+        turboquant_warp.encode_warp_kernel, types, constants, encode_ptx(dim, bits, kind), tmp_path
+    )
+    assert (spilled, shared) == (0, 0)
+    assert registers <= most_registers
+    assert len(re.findall("HMMA", code)) == 8 * dim // SLICE
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(4096, 4), (4096, 1), (512, 2)])
+def test_decode_in_a_warp(dim, bits, tmp_path):
+    types = {
+        "packed_ptr": WARP_CODES[bits],
+        "norms_ptr": "*fp32",
+        "out_ptr": "*i64",
+        "signs_ptr": "*i32",
+        "gain": "fp32",
+    }
+    registers, spilled, shared, code = compile_warp(
+        turboquant_warp.decode_warp_kernel,
+        types,
+        {"SLICES": dim // SLICE},
+        decode_ptx(dim, bits),
+        tmp_path,
+    )
+    assert (spilled, shared) == (0, 0)
+    assert registers <= 128
+    assert len(re.findall("HMMA", code)) == 8 * dim // SLICE
