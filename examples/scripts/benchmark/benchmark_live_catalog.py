@@ -253,17 +253,18 @@ def _prepare(store: Path, case: Case, draw: Callable[[int], np.ndarray]) -> tupl
 
 def _limits(source: Path, tokenizer_path: Path, case: Case) -> tuple[float, float]:
     """Rows a second that can be read, and that can be encoded once they are."""
+    rows = torch.empty(0)
     started = time.perf_counter()
     for batch in open_embeddings(source).batches(8_192):
-        rows = batch
+        rows = batch if len(batch) > len(rows) else rows
     read = case.num_items / (time.perf_counter() - started)
     tokenizer = load_tokenizer(tokenizer_path).tokenizer
-    rounds = 10
-    tokenizer.encode(rows)
-    started = time.perf_counter()
-    for _ in range(rounds):
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
         tokenizer.encode(rows)
-    return read, rounds * len(rows) / (time.perf_counter() - started)
+        times.append(time.perf_counter() - started)
+    return read, len(rows) / statistics.median(times)
 
 
 def _flags(store: Path, case: Case) -> list[str]:
