@@ -350,6 +350,11 @@ class JobSettings(_Group):
         description="Run jobs in a worker of this service; without it, start "
         "`python -m server worker`.",
     )
+    keep_process_ready: bool = Field(
+        default=True,
+        description="Keep a process ready for the next job, which then begins two seconds sooner; "
+        "it holds about 300 MiB while it waits.",
+    )
     database: str | None = Field(
         default=None,
         min_length=1,

@@ -37,7 +37,7 @@ def run_job(
     params: bytes,
     errors: Path,
 ) -> None:
-    """Do one job and tell how it went; entry point of the process.
+    """Do one job and tell how it went; the last thing that the process does.
 
     Args:
         connection: to the watcher; JSON messages with one of the fields ``progress`` (and
@@ -49,7 +49,6 @@ def run_job(
     """
     stop = threading.Event()
     _redirect_stderr(errors)
-    _follow_parent()
     _stop_on_signals(stop)
     sender = _Sender(connection)
     try:
@@ -153,7 +152,7 @@ def _redirect_stderr(path: Path) -> None:
     faulthandler.enable()
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """End when the parent does, even if that is killed."""
     parent = parent_process()
     if parent is None:

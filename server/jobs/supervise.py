@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import get_context
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import psutil
 import structlog
 
-from server.jobs.child import memory_message, run_job
+from server.jobs.child import memory_message
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import jobs_folder, open_store
+from server.jobs.process import JobProcess
 from server.jobs.types import (
     MAX_LOG_LINE_CHARS,
     MAX_LOG_LINES,
@@ -52,12 +52,21 @@ class Supervisor:
         settings: of the service.
         ledger: of the jobs.
         owner: this process, as the ledger knows it.
+        begin: gives the process of a job; by default a fresh one.
     """
 
-    def __init__(self, settings: Settings, ledger: JobLedger, owner: Owner) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: JobLedger,
+        owner: Owner,
+        *,
+        begin: Callable[[], JobProcess] | None = None,
+    ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._owner = owner
+        self._begin = begin or (lambda: JobProcess.begin(settings))
 
     def run(
         self,
@@ -78,7 +87,7 @@ class Supervisor:
         """
         folder = work_folder(self._settings, job.id)
         folder.mkdir(parents=True, exist_ok=True)
-        run = _Run(self._settings, self._ledger, self._owner, job, folder, on_update)
+        run = _Run(self._settings, self._ledger, self._owner, self._begin, job, folder, on_update)
         try:
             ended = run.to_the_end(ending or threading.Event())
         finally:
@@ -121,11 +130,13 @@ class _Run:
         settings: Settings,
         ledger: JobLedger,
         owner: Owner,
+        begin: Callable[[], JobProcess],
         job: Job,
         folder: Path,
         on_update: OnUpdate,
     ) -> None:
         self._settings = settings
+        self._begin = begin
         self._ledger = ledger
         self._owner = owner
         self._job = job
@@ -172,18 +183,11 @@ class _Run:
         return self._conclude(process.exitcode, putting_back)
 
     def _start(self) -> tuple[SpawnProcess, Connection]:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe(duplex=False)
-        params = self._ledger.params(self._job.id).model_dump_json(exclude_unset=True)
-        process = context.Process(
-            target=run_job,
-            args=(theirs, self._settings, self._job.kind, params.encode(), self._errors),
-            name=f"job-{self._job.id}",
-        )
-        with _threads(self._settings.jobs.threads):
-            process.start()
-        theirs.close()
-        return process, ours
+        params = self._ledger.params(self._job.id).model_dump_json(exclude_unset=True).encode()
+        process = self._begin()
+        with suppress(OSError):  # it has died already; whoever listens to it finds that out
+            process.order(self._job.kind, params, self._errors)
+        return process.process, process.connection
 
     def _receive(self, connection: Connection) -> bool:
         """Take in messages for the length of a tick; whether there may be more."""
@@ -327,31 +331,6 @@ class _Run:
             _log.warning("job ledger cannot be written", job=self._job.id, exc_info=True)
             return False
         return True
-
-
-class _threads:  # noqa: N801 (a context manager, used as a function)
-    """Limit the threads of a process that is started within; its libraries read this once."""
-
-    _NAMES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS")
-    _LOCK = threading.Lock()
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._before: dict[str, str | None] = {}
-
-    def __enter__(self) -> None:
-        self._LOCK.acquire()
-        for name in self._NAMES:
-            self._before[name] = os.environ.get(name)
-            os.environ[name] = str(self._number)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._LOCK.release()
 
 
 def _insist(write: Callable[[], Job], job: Job) -> Job:

@@ -15,6 +15,7 @@ from server.jobs.lanes import Lane
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
+from server.jobs.process import ReadyProcess
 from server.jobs.supervise import Supervisor, clean_up
 from server.jobs.types import Job
 from server.settings import Settings
@@ -43,6 +44,7 @@ class Worker:
         self._owner = Owner.this_process()
         self._ending = threading.Event()
         self._sweeper = Sweeper(settings, ledger)
+        self._ready = ReadyProcess(settings) if settings.jobs.keep_process_ready else None
 
     def run(self) -> None:
         """Run jobs; returns once :meth:`end` was called and the jobs are put back."""
@@ -56,15 +58,20 @@ class Worker:
             if time.monotonic() >= next_sweep:
                 self._sweep()
                 next_sweep = time.monotonic() + _SWEEP_S
+            if self._ready is not None:
+                self._ready.keep()
         for thread in threads:
             thread.join()
+        if self._ready is not None:
+            self._ready.close()
 
     def end(self) -> None:
         """Take no more jobs, stop what runs and put it back into the queue."""
         self._ending.set()
 
     def _serve(self, lane: Lane) -> None:
-        supervisor = Supervisor(self._settings, self._ledger, self._owner)
+        begin = None if self._ready is None else self._ready.take
+        supervisor = Supervisor(self._settings, self._ledger, self._owner, begin=begin)
         while not self._ending.is_set():
             try:
                 job = self._ledger.claim(lane, self._owner)
@@ -81,6 +88,8 @@ class Worker:
         _log.info("job begins", job=job.id, kind=str(job.kind), attempt=job.attempt)
         started = time.monotonic()
         ended = supervisor.run(job, ending=self._ending)
+        if self._ready is not None:
+            self._ready.job_done()
         _log.info(
             "job ended",
             job=job.id,
@@ -124,7 +133,8 @@ class Sweeper:
             if self._ledger.get(job.id).state.finished:
                 continue
             child = owner.child if owner is not None and owner.is_here else None
-            _end_orphan(child, job)
+            if child is not None and owner is not None:
+                _end_orphan(child, owner)
             removed = clean_up(self._settings, job.id, child)
             if removed:
                 _log.info("leftovers removed", job=job.id, removed=removed)
@@ -154,15 +164,12 @@ class Sweeper:
         return moment - since > _SILENCE_S
 
 
-def _end_orphan(pid: int | None, job: Job) -> None:
+def _end_orphan(pid: int, owner: Owner) -> None:
     """Kill the process of a job that has not noticed that its worker died."""
     try:
-        process = psutil.Process(pid) if pid is not None else None
-        if process is None or job.started_at is None:
-            return
-        began = process.create_time()
+        process = psutil.Process(pid)
         # Another process may have the id by now.
-        if began >= job.started_at.timestamp() - 1.0 and "multiprocessing" in " ".join(
+        if process.create_time() >= owner.started - 1.0 and "multiprocessing" in " ".join(
             process.cmdline()
         ):
             process.kill()

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from server.jobs.ledger import JobLedger
+from server.jobs.owner import process_is_gone
 from server.jobs.places import open_ledger
 from server.jobs.types import Job, JobKind, JobState
 from server.jobs.worker_process import WorkerProcess
@@ -85,9 +87,11 @@ def test_a_worker_that_is_killed_is_replaced_and_its_job_is_marked(workplace):
         eventually(lambda: encoding(ledger, job))
         first = workers.pid
         assert first is not None
+        children = [child.pid for child in psutil.Process(first).children(recursive=True)]
         os.kill(first, signal.SIGKILL)
         eventually(lambda: ledger.get(job.id).state is JobState.INTERRUPTED)
         assert workers.pid not in (None, first)
+        eventually(lambda: all(process_is_gone(pid) for pid in children))
         assert list((workplace.root / ".jobs" / "work").iterdir()) == []
         assert list(workplace.root.rglob(".partial-*")) == []
         workplace.parquet("items.parquet", 100)
@@ -110,8 +114,6 @@ def test_a_worker_goes_when_its_service_is_killed(workplace):
         "    print(worker.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    from server.jobs.owner import process_is_gone
-
     file = workplace.root.parent / "service.py"
     file.write_text(script)
     service = subprocess.Popen(
