@@ -121,6 +121,12 @@ def _run(
 
     torch.set_num_threads(settings.jobs.threads)
     if settings.jobs.gpu_share:
+        if not torch.cuda.is_available():
+            raise JobFailure(
+                JobErrorKind.INVALID_PARAMETERS,
+                f"jobs.gpu_share is {settings.jobs.gpu_share:g}, but torch finds no GPU here; set "
+                "it to 0",
+            )
         torch.cuda.set_per_process_memory_fraction(settings.jobs.gpu_share)
     reporter = JobReporter(sender.progress, sender.log, stop.is_set)
     reporter.check()

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from server.jobs.child import explain
 from server.jobs.ledger import JobLedger
@@ -112,6 +113,23 @@ def test_a_job_that_fails(workplace, start):
     assert (job.state, job.error.type) == (JobState.FAILED, JobErrorKind.INVALID_SOURCE)
     assert job.message == job.error.message
     assert nothing_left(workplace)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_share_of_a_gpu_that_is_not_there(workplace, start):
+    job = start(gpu_share=0.5).run(JobKind.ROLLBACK, {})
+    assert job.state is JobState.FAILED
+    assert "jobs.gpu_share is 0.5, but torch finds no GPU here" in job.error.message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_job_on_a_share_of_the_gpu(workplace, start):
+    workplace.parquet("items.parquet", 300)
+    on_gpu = start(gpu_share=0.1).run(JobKind.REINDEX, REINDEX)
+    on_cpu = start().run(JobKind.REINDEX, REINDEX)
+    assert on_gpu.state is on_cpu.state is JobState.SUCCEEDED, (on_gpu, on_cpu)
+    assert on_gpu.result["catalog"] == on_cpu.result["catalog"]
 
 
 def test_a_job_that_is_cancelled(workplace, start):
