@@ -90,6 +90,8 @@ class ReleaseSource:
             version=version,
             beside=beside if kept else None,
         )
+        if beside is not None:
+            release.catalog.prepare_sets_of(beside.catalog)
         if not kept:
             warm_up(release)
         return release

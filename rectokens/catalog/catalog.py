@@ -159,6 +159,16 @@ class Catalog:
         sets = [self.constraint_sets[name] for name in names]
         return self._prefixes.get(names, sets, self.num_items)
 
+    def prepare_sets_of(self, other: Catalog) -> None:
+        """Count through the combinations of sets that another catalog was asked for lately.
+
+        To be called before this one takes its place, so that no caller waits for it. Combinations
+        with a set that this one does not have are passed over.
+        """
+        for names in other._prefixes.names():
+            if all(name in self.constraint_sets for name in names):
+                self.allowed_prefix(names)
+
     def _checked(self, item_indices: Tensor | Sequence[int]) -> Tensor:
         indices = torch.as_tensor(item_indices, dtype=torch.long)
         if indices.ndim != 1:

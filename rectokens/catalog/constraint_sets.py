@@ -122,3 +122,8 @@ class PrefixCache:
             while len(self._entries) > 1 and len(self._entries) * prefix.nbytes > self._max_bytes:
                 self._entries.popitem(last=False)
         return kept
+
+    def names(self) -> list[tuple[str, ...]]:
+        """The combinations that are kept, the one asked for last at the end."""
+        with self._lock:
+            return list(self._entries)

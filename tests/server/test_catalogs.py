@@ -73,6 +73,15 @@ async def test_it_starts_with_what_is_active_and_follows_the_pointer(start_app, 
     assert 0 <= await running.metric("rectokens_catalog_age_seconds") < 600
 
 
+async def test_constraint_sets_in_use_are_counted_before_the_swap(start_app, small_store):
+    running = await start(start_app, small_store)
+    await running.post({"history": ["1-3"], "constraint_set": "even"})
+    small_store.add(2)
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    assert running.service.release.catalog._prefixes.names() == [("even",)]
+
+
 async def test_what_was_replaced_leaves_memory_with_its_last_batch(start_app, small_store):
     running = await start(start_app, small_store)
     await running.post({"history": ["1-3"], "constraint_set": "even"})

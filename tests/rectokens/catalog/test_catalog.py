@@ -103,3 +103,18 @@ def test_repeated_ids_never_make_a_catalog(catalog: Catalog):
             metadata=None,
             constraint_sets={},
         )
+
+
+def test_sets_that_another_was_asked_for_are_prepared(catalog: Catalog):
+    successor = build_catalog(
+        [f"C{i}" for i in range(10)],
+        torch.arange(10)[:, None],
+        codebook_size=10,
+        tokenizer_fingerprint="0" * 64,
+        constraint_sets={"even": ["C0"], "new": ["C1"]},
+    )
+    for names in (["low", "even"], ["even"]):
+        catalog.allowed_prefix(names)
+    successor.prepare_sets_of(catalog)
+    assert successor._prefixes.names() == [("even",)]
+    assert successor.allowed_prefix(["even"])[-1] == 1  # its own items
