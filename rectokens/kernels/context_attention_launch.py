@@ -1,0 +1,270 @@
+"""Tile shapes and launches of the context attention kernels.
+
+Nothing here is public. Head dimension, page size and group are compiled in; batch, lengths, beam
+width and window are run-time values, so a new batch compiles nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectokens.kernels import context_attention_triton as kernels
+from rectokens.kernels.optional_triton import triton
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_DIM = 256
+MIN_BLOCK_DIM = 16  # of a matrix product; smaller heads are filled up
+MAX_PARTS = 16
+_PROGRAMS_A_MULTIPROCESSOR = 2  # of the context kernel, that run at once
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Shape of a program: queries, positions a turn, warps, loads in flight."""
+
+    rows: int
+    positions: int
+    warps: int
+    stages: int
+
+
+def prompt_tile(dim: int, dtype: torch.dtype) -> AttentionTile:
+    """Tile of the prompt kernel."""
+    if dtype == torch.float32:
+        return AttentionTile(16, 16 if dim > 128 else 32, 4, 1)
+    if dim > 128:
+        return AttentionTile(64, 32, 4, 2)
+    return AttentionTile(128, 64, 4, 3)
+
+
+def beam_tile(dim: int, dtype: torch.dtype) -> AttentionTile:
+    """Tile of the context kernel."""
+    tile = prompt_tile(dim, dtype)
+    return replace(tile, rows=min(tile.rows, 64))
+
+
+def takes(dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take heads of this size and type."""
+    return dtype in KERNEL_DTYPES and dim <= MAX_DIM
+
+
+def fits(query: Tensor, keys: Tensor) -> bool:
+    """Whether the kernels take these tensors."""
+    dim = query.shape[-1]
+    return takes(dim, query.dtype) and keys.dtype == query.dtype and keys.shape[-1] == dim
+
+
+def launch_prompt(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tile_request: Tensor,
+    tile_start: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    tile: AttentionTile | None = None,
+) -> None:
+    """Causal attention of packed prompts; rows of ``out`` that no tile covers are left alone.
+
+    Args:
+        query: (R, Hq, D); heads of a row are contiguous.
+        keys: (P, Hkv, page size, D), contiguous.
+        values: likewise.
+        tile_request: int32 (tiles,), request of each tile of queries, -1 for none.
+        tile_start: int32 (tiles,), its first query, counted within the request.
+        query_starts: int32 (B + 1,), first row of each request.
+        lengths: int32 (B,), positions of each request in the pages, its queries included.
+        page_table: int32 (B, most pages).
+        out: (R, Hq, D).
+        scale: of the scores.
+        window: positions a query sees, itself included; None for all.
+        softcap: bound of the scores; None for none.
+        tile: rows must be what the tiles were cut to.
+    """
+    heads = query.shape[1]
+    if tile is None:
+        tile = prompt_tile(query.shape[-1], query.dtype)
+        if tile.rows == 128 and heads * tile_request.shape[0] <= _multiprocessors(query.device):
+            # One program a multiprocessor: more warps hide what other programs would.
+            tile = replace(tile, warps=8)
+    with _on(query.device):
+        kernels.prompt_kernel[(heads, tile_request.shape[0])](
+            query,
+            keys,
+            values,
+            out,
+            tile_request,
+            tile_start,
+            query_starts,
+            lengths,
+            page_table,
+            page_table.stride(0),
+            query.stride(0),
+            out.stride(0),
+            keys.stride(0),
+            keys.stride(1),
+            scale,
+            1.0 if softcap is None else softcap,
+            0 if window is None else window,
+            BLOCK_M=tile.rows,
+            **_common(query, keys, tile, window, softcap),
+        )
+
+
+def parts_for(batch_size: int, width: int, kv_heads: int, group: int, tile: AttentionTile,
+              device: torch.device) -> int:  # fmt: skip
+    """Parts of the context that fill the device, given the programs there are without."""
+    programs = batch_size * kv_heads * triton.cdiv(width * group, tile.rows)
+    room = _PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(device)
+    parts = room // programs if programs else 1
+    return max(1, min(MAX_PARTS, parts))
+
+
+def launch_beams(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    paths: Tensor,
+    step: int,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    tile: AttentionTile | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """Beams over their request's context and their own positions.
+
+    Args:
+        query: (B * W, Hq, D); heads of a row are contiguous.
+        keys: (P, Hkv, page size, D), contiguous.
+        values: likewise.
+        lengths: int32 (B,), context lengths; 0 for a request that is not there.
+        page_table: int32 (B, most pages).
+        own_keys: (steps, B * W, Hkv, D), contiguous; steps 0 to ``step`` are read.
+        own_values: likewise.
+        paths: int32 (B, W, at least step + 1), slot of each beam's ancestor at steps 0 to ``step``,
+            at ``step`` its own; the last two dimensions are contiguous.
+        step: generated positions before this one.
+        scale: of the scores.
+        window: positions a query sees, itself included; None for all.
+        softcap: bound of the scores; None for none.
+        tile: shape of the context kernel's programs.
+        parts: parts the context is cut in; None for as many as fill the device.
+
+    Returns:
+        (B * W, Hq, D).
+    """
+    tile = tile or beam_tile(query.shape[-1], query.dtype)
+    rows, heads, dim = query.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    batch_size, width = paths.shape[:2]
+    if parts is None:
+        parts = parts_for(batch_size, width, kv_heads, group, tile, query.device)
+    partial = query.new_empty((parts, rows, heads, dim), dtype=torch.float32)
+    norms = query.new_empty((parts, rows, heads), dtype=torch.float32)
+    out = query.new_empty((rows, heads, dim))
+    cap, seen = 1.0 if softcap is None else softcap, 0 if window is None else window
+    block_r = 16
+    with _on(query.device):
+        kernels.context_kernel[
+            (triton.cdiv(width * group, tile.rows) * parts, kv_heads, batch_size)
+        ](
+            query,
+            keys,
+            values,
+            partial,
+            norms,
+            lengths,
+            page_table,
+            page_table.stride(0),
+            width,
+            step,
+            query.stride(0),
+            keys.stride(0),
+            keys.stride(1),
+            scale,
+            cap,
+            seen,
+            kv_heads,
+            parts,
+            BLOCK_M=tile.rows,
+            **_common(query, keys, tile, window, softcap),
+        )
+        kernels.merge_kernel[(triton.cdiv(rows, block_r), heads)](
+            query,
+            partial,
+            norms,
+            own_keys,
+            own_values,
+            paths,
+            out,
+            rows,
+            width,
+            query.stride(0),
+            out.stride(0),
+            own_keys.stride(0),
+            paths.stride(1),
+            scale,
+            cap,
+            seen,
+            heads,
+            parts,
+            step + 1,
+            GROUP=group,
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            DIM=dim,
+            BLOCK_R=block_r,
+            BLOCK_D=triton.next_power_of_2(dim),
+            num_warps=4,
+        )
+    return out
+
+
+def _common(
+    query: Tensor, keys: Tensor, tile: AttentionTile, window: int | None, softcap: float | None
+) -> dict[str, Any]:
+    dim = query.shape[-1]
+    return {
+        "GROUP": query.shape[1] // keys.shape[1],
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "PAGE_SIZE": keys.shape[2],
+        "DIM": dim,
+        "BLOCK_N": tile.positions,
+        "BLOCK_D": max(triton.next_power_of_2(dim), MIN_BLOCK_DIM),
+        # float32 stays float32 to about 1e-6: three TF32 products in place of one.
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be the tensors'.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

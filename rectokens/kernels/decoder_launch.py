@@ -1,0 +1,158 @@
+"""Launches of the kernels for a decoder layer's elementwise work. Nothing here is public."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectokens.kernels import decoder_triton as kernels
+from rectokens.kernels.optional_triton import triton
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+MAX_NORM_SIZE = 16_384
+
+
+def launch_add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: bool
+) -> Tensor:
+    """Norm of ``x``, or of ``residual`` after ``x`` was added to it; both (R, H)."""
+    rows, size = x.shape
+    out = x.new_empty((rows, size))
+    block = triton.next_power_of_2(size)
+    other = x if residual is None else residual
+    with _on(x.device):
+        kernels.add_norm_kernel[(rows,)](
+            x,
+            other,
+            weight,
+            out,
+            x.stride(0),
+            other.stride(0),
+            out.stride(0),
+            size,
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            OFFSET=offset,
+            BLOCK=block,
+            num_warps=max(1, min(16, block // 512)),
+        )
+    return out
+
+
+def launch_rotate_store(
+    rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    query_heads: int,
+    *,
+    offset: bool,
+) -> None:
+    """Rotate queries in place and store keys and values.
+
+    Args:
+        rows: (R, (Hq + 2 Hkv) D), contiguous rows.
+        cos: (positions, D / 2), contiguous.
+        sin: likewise.
+        positions: integer (R,).
+        norms: weights (D,) of the norms of queries and keys, or None.
+        eps: of the norms.
+        keys: (P, Hkv, page size, D), contiguous pages.
+        values: likewise.
+        slots: integer (R,), page * page size + place in it; -1 for nowhere.
+        query_heads: Hq.
+        offset: norm weights are offsets from 1.
+    """
+    count = rows.shape[0]
+    _, kv_heads, page_size, dim = keys.shape
+    query_norm, key_norm = (rows, rows) if norms is None else norms
+    block_r = 8 if count < 4096 else 16
+    with _on(rows.device):
+        kernels.rotate_store_kernel[(triton.cdiv(count, block_r), query_heads + 2 * kv_heads)](
+            rows,
+            cos,
+            sin,
+            positions,
+            query_norm,
+            key_norm,
+            keys,
+            values,
+            slots,
+            count,
+            rows.stride(0),
+            keys.stride(0),
+            keys.stride(1),
+            eps,
+            query_heads,
+            kv_heads,
+            HAS_NORM=norms is not None,
+            OFFSET=offset,
+            PAGE_SIZE=page_size,
+            DIM=dim,
+            BLOCK_R=block_r,
+            BLOCK_HALF=triton.next_power_of_2(dim // 2),
+            num_warps=4,
+        )
+
+
+def launch_store(
+    source_keys: Tensor, source_values: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> None:
+    """Store (R, Hkv, D) keys and values; D contiguous. Pages and slots as above."""
+    count = source_keys.shape[0]
+    _, kv_heads, page_size, dim = keys.shape
+    with _on(keys.device):
+        kernels.store_kernel[(triton.cdiv(count, 16), kv_heads)](
+            source_keys,
+            source_values,
+            keys,
+            values,
+            slots,
+            count,
+            source_keys.stride(0),
+            source_values.stride(0),
+            source_keys.stride(1),
+            source_values.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            PAGE_SIZE=page_size,
+            DIM=dim,
+            BLOCK_R=16,
+            BLOCK_D=triton.next_power_of_2(dim),
+            num_warps=4,
+        )
+
+
+def launch_gate(x: Tensor, activation: str) -> Tensor:
+    """``activation`` of the left half of ``x`` (R, 2 I) times the right half."""
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = x.new_empty((rows, size))
+    block = min(1024, triton.next_power_of_2(size))
+    # Rows are the second dimension of the grid, which has 65,535 places.
+    with _on(x.device):
+        for first in range(0, rows, 65_535):
+            part = x[first : first + 65_535]
+            kernels.gate_kernel[(triton.cdiv(size, block), part.shape[0])](
+                part,
+                out[first:],
+                x.stride(0),
+                size,
+                ACTIVATION=activation,
+                BLOCK=block,
+                num_warps=4,
+            )
+    return out
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be the tensors'.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
