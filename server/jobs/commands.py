@@ -109,6 +109,8 @@ def located(settings: Settings, *files: Path) -> tuple[Settings, str, list[str]]
         root = Path(os.path.abspath(folder))
         if all(file.is_relative_to(root) and file != root for file in absolute):
             return settings, name, [file.relative_to(root).as_posix() for file in absolute]
+    # Whoever names a link here means what it leads to.
+    absolute = [Path(os.path.realpath(file)) for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     sources = (*settings.admin.sources, f"{COMMAND_ROOT}={root}")
     admin = settings.admin.model_copy(update={"sources": sources})

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.jobs.lanes import Lane
+from server.jobs.owner import Owner
 from server.jobs.places import open_ledger
-from server.jobs.types import JobKind
+from server.jobs.types import JobKind, JobState
 
 
 @pytest.fixture
@@ -44,6 +47,10 @@ def test_from_training_to_a_rollback(workplace, invoke):
     assert refused.exit_code == 1
     assert "cannot speak of what tokenizer" in refused.stderr
 
+    # A link to a file elsewhere may be named on the command line, though not in a request.
+    link = workplace.root.parent / "latest.parquet"
+    link.symlink_to(workplace.lake / "items.parquet")
+    source = ("--source", str(link), "--drop-constraint-sets")
     made = invoke("reindex", *source, "--metadata-columns", "stock,popularity")
     assert made.exit_code == 0, made.output
     catalog = made.stdout.strip()
@@ -74,6 +81,23 @@ def test_jobs_are_cancelled_and_restarted(workplace, invoke):
     listed = invoke("jobs", "--json")
     assert [json.loads(line)["state"] for line in listed.stdout.splitlines()] == ["queued"]
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [(JobState.SUCCEEDED, 0), (JobState.CANCELLED, 1)], ids=str
+)
+def test_a_job_is_followed_to_its_end(workplace, invoke, state: JobState, code: int):
+    ledger = open_ledger(workplace.settings())
+    job = ledger.submit(JobKind.UPDATE_ITEMS, {"deletes": ["W0"]})
+    running = ledger.claim(Lane.CATALOG, Owner.this_process())
+    assert running is not None
+    ending = threading.Timer(1.0, ledger.finish, (running, state), {"message": "it is over"})
+    ending.start()
+    followed = invoke("jobs", job.id, "--follow")
+    ending.join()
+    ledger.close()
+    assert followed.exit_code == code, followed.output
+    assert f"state: {state}\nattempt: 1\nmessage: it is over\n" in followed.stdout
 
 
 @pytest.mark.parametrize(
