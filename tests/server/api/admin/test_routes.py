@@ -198,23 +198,32 @@ async def test_a_database_that_is_away_is_a_503(admin, monkeypatch):
 async def test_events_follow_a_job_to_its_end(admin):
     ledger = admin.link.jobs._ledger
     job = (await admin.post("/catalogs/rollback")).json()
-    watching = asyncio.create_task(admin.get(f"/jobs/{job['id']}/events"))
-    await asyncio.sleep(0.05)
-    record = await asyncio.to_thread(ledger.get, job["id"])
-    await asyncio.to_thread(
-        ledger.finish, record, JobState.SUCCEEDED, message="done", result={"release": "x"}
-    )
-    response = await watching
-    assert response.headers["content-type"].startswith("text/event-stream")
-    events = [
+    seen = []
+
+    def finish_once_watched(sent):
+        if b"data: " in sent and not seen:
+            seen.append(True)
+            record = ledger.get(job["id"])
+            ledger.finish(record, JobState.SUCCEEDED, message="done", result={"release": "x"})
+        return False
+
+    text = await watch_until(admin, job, finish_once_watched)
+    first, last = events_in(text)
+    assert first["state"] == "queued"
+    assert (last["state"], last["result"]) == ("succeeded", {"release": "x"})
+    assert admin.running.app.state.job_watchers == set()
+
+    again = await admin.get(f"/jobs/{job['id']}/events")  # of a job that has ended
+    assert again.headers["content-type"].startswith("text/event-stream")
+    assert events_in(again.text) == [last]
+
+
+def events_in(text):
+    return [
         json.loads(line.removeprefix("data: "))
-        for line in response.text.splitlines()
+        for line in text.splitlines()
         if line.startswith("data: ")
     ]
-    assert events[0]["state"] == "queued"
-    assert events[-1]["state"] == "succeeded"
-    assert events[-1]["result"] == {"release": "x"}
-    assert admin.running.app.state.job_watchers == set()
 
 
 async def test_a_watcher_who_leaves_frees_its_place(admin, monkeypatch):
