@@ -358,7 +358,8 @@ class TestMemory:
     async def test_a_drained_service_takes_the_old_one_back_if_the_new_one_fails(
         self, start_app, small_store, tiny_lm
     ):
-        running = await start(start_app, small_store)
+        key = "a-key-of-the-tests"
+        running = await start(start_app, small_store, admin__keys=key)
         old = weakref.ref(running.service.release.engine)
         source = running.app.state.link._source
         source._available = lambda device: 1 << 40 if old() is None else 20_000
@@ -376,6 +377,14 @@ class TestMemory:
         await until(lambda: follower_of(running).status.failure is not None)
         assert "made to order" in follower_of(running).status.failure.message
         assert running.service.release.version == small_store.releases[1]
+        # A drained service is not ready; the operator sees the reason all the same.
+        releases = await running.client.get(
+            "/admin/releases", headers={"Authorization": f"Bearer {key}"}
+        )
+        told = releases.json()
+        assert told["served"] == small_store.releases[1]
+        assert told["store"]["failure"]["release"] == small_store.releases[2]
+        assert "made to order" in told["store"]["failure"]["message"]
         running.service.resume()
         assert (await running.post({"history": ["1-1"]})).status_code == 200
 

@@ -22,6 +22,7 @@ from server.api.admin.common import (
 from server.api.admin.gates import check_gate
 from server.api.admin.schemas import ActivateReleaseBody, ReleaseList
 from server.api.dependencies import service_of
+from server.api.health import store_state
 from server.api.responses import JSONResponse, documented_errors
 from server.jobs.params import ActivateParams
 from server.jobs.types import JobKind
@@ -39,7 +40,8 @@ async def list_releases(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=1_000, description="Most versions told.")] = 100,
 ) -> Response:
-    """Latest first, and the history of activations."""
+    """Latest first, the history of activations, and how this process stands to the store, which
+    `/ready` does not tell while it is drained."""
     store = link_of(request).store
     versions = await from_store(store.versions, "release")
     history = await from_store(store.history)
@@ -47,6 +49,7 @@ async def list_releases(
     return JSONResponse(
         {
             "served": None if release is None else release.version,
+            "store": store_state(request),
             "releases": [
                 {
                     **version_to_wire(one),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from server.api.schemas import StrictRequest, StrictResponse
+from server.api.schemas import StoreState, StrictRequest, StrictResponse
 from server.jobs.params import Note, Version
 from server.jobs.types import Job
 from server.rehearsal.types import GateOptions
@@ -136,6 +136,9 @@ class ReleaseList(StrictResponse):
     """Releases of the store, latest first, and which of them were active when."""
 
     served: str | None = Field(description="What this process serves.")
+    store: StoreState | None = Field(
+        description="What is active, what is being loaded, and why the active one is not served."
+    )
     releases: list[ReleaseVersion]
     history: list[ActivationRecord] = Field(description="Latest first.")
 
