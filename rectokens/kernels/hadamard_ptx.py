@@ -222,7 +222,8 @@ def _unpack_slice(slice_index: int, bits: int, table: Sequence[int], word: str) 
             2: ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)),
             1: ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)),
         }[bits]
-        yield f"mov.b32 d0, {word};"
+        # 16-bit codes come with their sign extended.
+        yield f"and.b32 d0, {word}, 0x{(1 << 8 * bits) - 1:x};"
         for shift, mask in steps:
             yield f"shl.b32 d1, d0, {shift};"
             yield "or.b32 d0, d0, d1;"

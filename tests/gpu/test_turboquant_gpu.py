@@ -39,7 +39,8 @@ def rows(n, dim, dtype=torch.float32):
 def assert_same_code(dim, bits, gpu, cpu):
     levels = unpack(gpu[0].cpu(), bits, dim).int() - unpack(cpu[0], bits, dim).int()
     assert levels.abs().max() <= 1
-    assert levels.ne(0).double().mean() <= MAX_DIFFERING[bits]
+    # A few of a small number are no rate.
+    assert levels.ne(0).sum() <= MAX_DIFFERING[bits] * levels.numel() + 3
     # Sums of up to 16,384 squares, in two orders; each is within 3e-6 of the exact norm.
     torch.testing.assert_close(gpu[1].cpu(), cpu[1], rtol=4e-6, atol=0)
 

@@ -60,7 +60,7 @@ def free_port() -> int:
 @contextmanager
 def running(
     command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], timeout_s: float
-) -> Iterator[None]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server, from when it answers ``/health`` until it is stopped.
 
     Raises:
@@ -82,7 +82,7 @@ def running(
                 tail = log.read_text(errors="replace")[-3000:]
                 raise RuntimeError(f"{command[0]} is not serving; its log ends with\n{tail}")
             time.sleep(0.5)
-        yield
+        yield process
     finally:
         process.terminate()
         try:

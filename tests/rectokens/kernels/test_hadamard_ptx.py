@@ -72,8 +72,10 @@ def test_decode(dim, bits):
     packed, norms = quantizer.encode(x)
     pairs = dim // SLICE * PAIRS
     codes = packed[0].numpy().view(CODES[bits]).reshape(-1, 32)
+    # As the kernel loads them: bytes without a sign, 16 bits with one.
+    loaded = codes if bits == 1 else codes.view(f"i{codes.itemsize}").astype(np.int32)
     operands = {
-        pairs + index * PAIRS: codes[index].astype(np.uint32) for index in range(len(codes))
+        pairs + index * PAIRS: loaded[index].astype(np.uint32) for index in range(len(codes))
     }
     operands |= sign_operands(dim, 42, 2 * pairs, 3 * pairs, pairs)
     operands[4 * pairs] = np.full(32, SLICE / math.sqrt(dim) / dim, np.float32)
