@@ -2,9 +2,9 @@
 
 ``python -m examples.scripts.benchmark.benchmark_proxy --csv out.csv``
 
-Runs ``python -m server proxy`` as its own process in front of an upstream that answers at once, both
-on loopback. The model is a folder made by the script: a tokenizer of words and an embedding table
-of random bfloat16 numbers. *Added* latency is the median of a request through the proxy less the
+Runs ``python -m server proxy`` as its own process in front of an upstream that answers at once,
+both on loopback. The model is a folder made by the script: a tokenizer of words and an embedding
+table of random bfloat16 numbers. *Added* latency is the median of a request through the proxy less the
 median of the same text sent to the upstream itself; the two are asked in turns, so that a noisy
 machine disturbs both. Everything shares the machine's cores: more of them, or a quiet machine, give
 better figures.
@@ -16,7 +16,6 @@ import argparse
 import csv
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
