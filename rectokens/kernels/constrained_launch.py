@@ -9,6 +9,7 @@ kernels; block sizes are powers of two and bounded, so few variants are ever com
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,20 +34,24 @@ class LinearSettings:
     Attributes:
         product_share: from this share of all tokens on, M / V, the whole product is computed: a
             gather would read a weight row again for every row that has it as a child.
-        group: rows that must stand at one node to share a product.
-        shared_slots: slots of a tile of the shared form.
-        gather_slots, gather_hidden: tile of the gather form.
-        gather_warps: warps of its programs.
-        programs: programs that fill the device a few times over; rows that are fewer are split.
+        group: consecutive rows that share programs, and a product where they stand at one node.
+        slots: of a tile of that product.
+        pairs, pairs_hidden: tile of the dot products of other rows.
+        programs: programs that fill the device a few times over.
+        fill: entries of a row filled at a time.
+        registers: most a thread may have, so that more programs fit a multiprocessor.
     """
 
     product_share: float = 0.25
     group: int = 64
-    shared_slots: int = 64
-    gather_slots: int = 8
-    gather_hidden: int = 512
-    gather_warps: int = 4
-    programs: int = 1024
+    slots: int = 64
+    pairs: int = 16
+    pairs_hidden: int = 256
+    programs: int = 1056
+    fill: int = 2048
+    registers: int | None = None
+    warps: int = 4
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,31 @@ def launch_transition(
     trie = Trie.of(row_ptrs, stacked_cols_vals, cur_node)
     next_node, valid_idxs = _ids(logits, max_branches)
     corrected = logits.new_empty(tuple(logits.shape))
-    _spread(logits, corrected, next_node, valid_idxs, trie, max_branches, from_logits=True)
+    num_rows, width = corrected.shape
+    block = min(4096, max(128, triton.next_power_of_2(width)))
+    # Rows are split until programs fill the device; every part looks at all children of its row.
+    parts = min(triton.cdiv(width, block), max(1, triton.cdiv(2048, num_rows)), _MAX_PARTS)
+    span = triton.cdiv(triton.cdiv(width, parts), block) * block
+    with _on(corrected.device):
+        kernels.spread_kernel[(num_rows, triton.cdiv(width, span))](
+            logits,
+            corrected,
+            next_node,
+            valid_idxs,
+            trie.row_ptrs,
+            trie.edges,
+            trie.cur_node,
+            trie.num_nodes,
+            trie.edges.stride(0),
+            logits.stride(0),
+            logits.stride(1),
+            width,
+            max_branches,
+            span,
+            BLOCK=block,
+            BLOCK_M=min(512, max(16, triton.next_power_of_2(max_branches))),
+            num_warps=4,
+        )
     return next_node, valid_idxs, corrected
 
 
@@ -123,11 +152,28 @@ def launch_linear(
     max_branches: int,
     settings: LinearSettings = DEFAULT_LINEAR,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Child logits, then rows (B, V) written once."""
+    """Child logits while rows (B, V) are filled, then children put in their places."""
     trie = Trie.of(row_ptrs, stacked_cols_vals, cur_node)
-    next_node, valid_idxs, logits = child_logits(a, b, bias, trie, max_branches, settings)
-    spread = logits.new_empty((a.shape[0], b.shape[1]))
-    _spread(logits, spread, next_node, valid_idxs, trie, max_branches, from_logits=False)
+    if _whole_product(max_branches, b, settings):
+        dense = product(a, b, bias)
+        return launch_transition(dense, row_ptrs, stacked_cols_vals, cur_node, max_branches)
+    spread = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    next_node, valid_idxs, logits = _project(a, b, bias, trie, max_branches, settings, spread)
+    block = min(1024, max(16, triton.next_power_of_2(max_branches)))
+    for begin, rows in _grid_rows(a.shape[0]):
+        with _on(a.device):
+            kernels.place_kernel[(triton.cdiv(max_branches, block), rows)](
+                logits[begin:],
+                spread[begin:],
+                trie.row_ptrs,
+                trie.edges,
+                trie.cur_node[begin:],
+                trie.num_nodes,
+                b.shape[1],
+                max_branches,
+                BLOCK_M=block,
+                num_warps=max(1, min(4, block // 128)),
+            )
     return next_node, valid_idxs, spread
 
 
@@ -158,67 +204,96 @@ def child_logits(
     settings: LinearSettings = DEFAULT_LINEAR,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Child nodes, tokens int64 and logits float32, all (B, M); -1 and -inf in empty slots."""
+    if not _whole_product(max_branches, b, settings):
+        return _project(a, b, bias, trie, max_branches, settings)
+    num_rows = a.shape[0]
+    next_node, valid_idxs = _ids(a, max_branches)
+    logits = a.new_empty((num_rows, max_branches), dtype=torch.float32)
+    dense = product(a, b, bias)
+    block = min(1024, triton.next_power_of_2(max_branches))
+    with _on(a.device):
+        kernels.pick_kernel[(num_rows, triton.cdiv(max_branches, block))](
+            dense,
+            logits,
+            next_node,
+            valid_idxs,
+            trie.row_ptrs,
+            trie.edges,
+            trie.cur_node,
+            trie.num_nodes,
+            trie.edges.stride(0),
+            dense.stride(0),
+            max_branches,
+            BLOCK_M=block,
+        )
+    return next_node, valid_idxs, logits
+
+
+def _whole_product(max_branches: int, b: Tensor, settings: LinearSettings) -> bool:
+    return max_branches >= settings.product_share * b.shape[1]
+
+
+def _project(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    trie: Trie,
+    max_branches: int,
+    settings: LinearSettings,
+    fill: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Children and their logits; ``fill`` (B, V), where given, is filled with -inf."""
     num_rows, hidden = a.shape
     next_node, valid_idxs = _ids(a, max_branches)
     logits = a.new_empty((num_rows, max_branches), dtype=torch.float32)
-    outputs = (logits, next_node, valid_idxs)
-    if max_branches >= settings.product_share * b.shape[1]:
-        dense = product(a, b, bias)
-        block = min(1024, triton.next_power_of_2(max_branches))
-        with _on(a.device):
-            kernels.pick_kernel[(num_rows, triton.cdiv(max_branches, block))](
-                dense,
-                *outputs,
-                trie.row_ptrs,
-                trie.edges,
-                trie.cur_node,
-                trie.num_nodes,
-                trie.edges.stride(0),
-                dense.stride(0),
-                max_branches,
-                BLOCK_M=block,
-            )
-        return next_node, valid_idxs, logits
-    tensors = (a, b, b if bias is None else bias, *outputs, trie.row_ptrs, trie.edges)
-    sizes = (num_rows, trie.num_nodes, trie.edges.stride(0))
-    strides = (a.stride(0), a.stride(1), b.stride(1), b.stride(0))
-    # All programs of a row together cover its slots; a row is split when rows are few.
-    parts = max(1, settings.programs // num_rows, triton.cdiv(max_branches, 64))
-    parts = min(parts, triton.cdiv(max_branches, settings.gather_slots), _MAX_PARTS)
-    tile = settings.gather_slots
-    slots = triton.cdiv(triton.cdiv(max_branches, parts), tile) * tile
-    tiles = (
-        triton.cdiv(num_rows, settings.group),
-        triton.cdiv(max_branches, settings.shared_slots),
-    )
     wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
-    common = {"HIDDEN": hidden, "HAS_BIAS": bias is not None, "GROUP": settings.group}
+    slots = min(settings.slots, max(16, triton.next_power_of_2(max_branches)))
+    groups = triton.cdiv(num_rows, settings.group)
+    most = triton.cdiv(settings.group * max_branches, settings.pairs)
+    parts = max(triton.cdiv(settings.programs, groups), triton.cdiv(max_branches, slots))
+    parts = max(1, min(parts, most if fill is None else settings.programs))
     with _on(a.device):
-        kernels.gather_kernel[(num_rows, triton.cdiv(max_branches, slots))](
-            *tensors,
+        kernels.project_kernel[(parts, groups)](
+            a,
+            b,
+            b if bias is None else bias,
+            logits,
+            next_node,
+            valid_idxs,
+            logits if fill is None else fill,
+            trie.row_ptrs,
+            trie.edges,
             trie.cur_node,
-            *sizes,
-            *strides,
+            num_rows,
+            trie.num_nodes,
+            trie.edges.stride(0),
+            a.stride(0),
+            a.stride(1),
+            b.stride(1),
+            b.stride(0),
             max_branches,
-            slots,
-            **common,
-            BLOCK_M=tile,
-            BLOCK_H=min(settings.gather_hidden, triton.next_power_of_2(hidden)),
-            num_warps=settings.gather_warps,
-        )
-        kernels.shared_kernel[tiles](
-            *tensors,
-            trie.cur_node,
-            *sizes,
-            *strides,
-            max_branches,
-            **common,
-            BLOCK_M=settings.shared_slots,
-            BLOCK_H=32 if wide else 64,
-            num_warps=8 if wide else 4,
-            num_stages=3,
+            b.shape[1],
+            HIDDEN=hidden,
+            HAS_BIAS=bias is not None,
+            FILL=fill is not None,
+            GROUP=settings.group,
+            BLOCK_M=slots,
+            BLOCK_K=32 if wide else 64,
+            PAIRS=settings.pairs,
+            BLOCK_H=min(settings.pairs_hidden, triton.next_power_of_2(hidden)),
+            BLOCK_IDS=min(256, max(16, triton.next_power_of_2(max_branches))),
+            BLOCK_FILL=settings.fill,
+            num_warps=settings.warps,
+            num_stages=settings.stages,
+            maxnreg=settings.registers,
         )
     return next_node, valid_idxs, logits
+
+
+def _grid_rows(num_rows: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows, (first, number), that a grid's second dimension can hold."""
+    for begin in range(0, num_rows, _MAX_PARTS):
+        yield begin, min(_MAX_PARTS, num_rows - begin)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -254,44 +329,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _ids(like: Tensor, max_branches: int) -> tuple[Tensor, Tensor]:
     shape = (like.shape[0], max_branches)
     return like.new_empty(shape, dtype=torch.long), like.new_empty(shape, dtype=torch.long)
-
-
-def _spread(
-    source: Tensor,
-    out: Tensor,
-    next_node: Tensor,
-    valid_idxs: Tensor,
-    trie: Trie,
-    max_branches: int,
-    *,
-    from_logits: bool,
-) -> None:
-    num_rows, width = out.shape
-    block = min(4096, max(128, triton.next_power_of_2(width)))
-    # Rows are split until programs fill the device; every part looks at all children of its row.
-    parts = min(triton.cdiv(width, block), max(1, triton.cdiv(2048, num_rows)), _MAX_PARTS)
-    span = triton.cdiv(triton.cdiv(width, parts), block) * block
-    with _on(out.device):
-        kernels.spread_kernel[(num_rows, triton.cdiv(width, span))](
-            source,
-            out,
-            next_node,
-            valid_idxs,
-            trie.row_ptrs,
-            trie.edges,
-            trie.cur_node,
-            trie.num_nodes,
-            trie.edges.stride(0),
-            source.stride(0),
-            source.stride(1),
-            width,
-            max_branches,
-            span,
-            FROM_LOGITS=from_logits,
-            BLOCK=block,
-            BLOCK_M=min(512, max(16, triton.next_power_of_2(max_branches))),
-            num_warps=4,
-        )
 
 
 def _choose(

@@ -3,17 +3,18 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Triton kernels of the constrained transitions: children of rows, their logits, masked rows.
 
-Rows stand at any nodes. Logits are computed into (B, M) slots by one of three forms:
+Rows stand at any nodes. `project_kernel` takes groups of consecutive rows and looks, on the device,
+where they stand, so that the host never waits to know:
 
-- `gather_kernel`: one row at a time, the weight rows of its own children;
-- `shared_kernel`: a group of rows at one node, whose children are gathered once for all of them
-  and multiplied on tensor cores;
-- `product_kernel`: the whole product (B, V), for nodes with a large share of all tokens.
+- all at one node: its children's weight rows are gathered once for the group, and multiplied with
+  the group's rows on tensor cores, tile by tile;
+- else: the pairs of a row and a child are counted through, and every program of the group takes
+  the same number of them, however unequal the rows' children are.
 
-The first two are launched one after the other on the same rows: each looks at the nodes of a group
-and leaves the group to the other where its form does not fit. So the nodes decide, on the device,
-and the host never waits for them. `spread_kernel` writes (B, V) rows once, -inf and children in
-one pass. `constrained_launch` beside this chooses shapes and launches.
+`product_kernel` multiplies with all tokens, for nodes with a large share of them. Rows (B, V) are
+filled with -inf by the same programs that compute, so that memory and arithmetic overlap, and
+`place_kernel` puts the children in. Products of float32 are as exact as float32: three TF32
+products each. `constrained_launch` beside this chooses shapes and launches.
 """
 
 from rectokens.kernels.optional_triton import tl, triton
@@ -33,15 +34,6 @@ def _edges(row_ptrs_ptr, node, num_nodes, max_branches):
 
 
 @triton.jit
-def _group_node(cur_node_ptr, group, num_rows, GROUP: tl.constexpr):
-    """The first node of a group of rows, and whether all its rows stand there."""
-    rows = tl.minimum(group * GROUP + tl.arange(0, GROUP), num_rows - 1)
-    nodes = tl.load(cur_node_ptr + rows)
-    low = tl.min(nodes, axis=0)
-    return low, low == tl.max(nodes, axis=0)
-
-
-@triton.jit
 def _children(edges_ptr, edge_stride, first, slot, live):
     token = tl.load(edges_ptr + first + slot, mask=live, other=-1).to(tl.int64)
     child = tl.load(edges_ptr + edge_stride + first + slot, mask=live, other=-1).to(tl.int64)
@@ -52,7 +44,7 @@ def _children(edges_ptr, edge_stride, first, slot, live):
 def _product(a_ptr, w_ptr, rows, in_rows, token, live, a_row, a_col, w_token, w_hidden,
              HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_H: tl.constexpr):  # fmt: skip
-    """a[rows] @ w[token].T as fp32 [BLOCK_B, BLOCK_N]; IEEE fp32 unless both are 16 bits."""
+    """a[rows] @ w[token].T as fp32 [BLOCK_B, BLOCK_N]."""
     same: tl.constexpr = a_ptr.dtype.element_ty == w_ptr.dtype.element_ty
     a_base = a_ptr + rows.to(tl.int64)[:, None] * a_row
     w_base = w_ptr + token[None, :] * w_token
@@ -67,19 +59,17 @@ def _product(a_ptr, w_ptr, rows, in_rows, token, live, a_row, a_col, w_token, w_
         if not same:
             left = left.to(tl.float32)
             right = right.to(tl.float32)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc = tl.dot(left, right, acc, input_precision="tf32x3")
     return acc
 
 
 @triton.jit(do_not_specialize=["num_nodes", "max_branches", "span"])
 def spread_kernel(source_ptr, out_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr, cur_node_ptr,
                   num_nodes, edge_stride, source_row, source_col, width, max_branches, span,
-                  FROM_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
-                  BLOCK_M: tl.constexpr):  # fmt: skip
-    """`span` columns of one row of `out` (B, width): -inf, then the children among them.
+                  BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """`span` columns of one row of `out` (B, width): -inf, then `source` at children among them.
 
-    FROM_LOGITS: `source` is (B, width), read at the children's tokens, and the children are
-    written to `next` and `valid` (B, M) as well. Else it is (B, M), by slot.
+    The first span's program also lists the row's children in `next` and `valid` (B, M).
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -98,78 +88,150 @@ def spread_kernel(source_ptr, out_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_
         live = slot < count
         token = tl.load(edges_ptr + first + slot, mask=live, other=-1).to(tl.int64)
         here = live & (token >= low) & (token < high)
-        place = token if FROM_LOGITS else slot
-        value = tl.load(source_ptr + row * source_row + place * source_col, mask=here, other=0.0)
+        value = tl.load(source_ptr + row * source_row + token * source_col, mask=here, other=0.0)
         tl.store(out_row + token, value, mask=here)
-    if FROM_LOGITS:
-        listed = tl.where(part == 0, max_branches, 0)
-        for start in range(0, listed, BLOCK_M):
-            slot = start + tl.arange(0, BLOCK_M)
-            token, child = _children(edges_ptr, edge_stride, first, slot, slot < count)
-            tl.store(valid_ptr + row * max_branches + slot, token, mask=slot < max_branches)
-            tl.store(next_ptr + row * max_branches + slot, child, mask=slot < max_branches)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_nodes", "max_branches", "slots"])
-def gather_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
-                  cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
-                  max_branches, slots, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """`slots` slots of one row: children, their nodes, fp32 logits. Not of groups at one node."""
-    row = tl.program_id(0).to(tl.int64)
-    _, shared = _group_node(cur_node_ptr, tl.program_id(0) // GROUP, num_rows, GROUP)
-    begin = tl.program_id(1) * slots
-    stop = tl.where(shared, begin, tl.minimum(begin + slots, max_branches))
-    first, count = _edges(row_ptrs_ptr, tl.load(cur_node_ptr + row), num_nodes, max_branches)
-    for start in range(begin, stop, BLOCK_M):
+    listed = tl.where(part == 0, max_branches, 0)
+    for start in range(0, listed, BLOCK_M):
         slot = start + tl.arange(0, BLOCK_M)
-        live = slot < tl.minimum(count, stop)
-        token, child = _children(edges_ptr, edge_stride, first, slot, live)
-        acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        # A tile without children has nothing to read.
-        hidden = tl.where(start < count, HIDDEN, 0)
-        for h_start in range(0, hidden, BLOCK_H):
+        token, child = _children(edges_ptr, edge_stride, first, slot, slot < count)
+        tl.store(valid_ptr + row * max_branches + slot, token, mask=slot < max_branches)
+        tl.store(next_ptr + row * max_branches + slot, child, mask=slot < max_branches)
+
+
+@triton.jit
+def _fill(out_ptr, begin, end, BLOCK: tl.constexpr):
+    """-inf into out[begin:end]."""
+    nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(begin, end, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + place, nothing, mask=place < end)
+
+
+@triton.jit
+def _ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count, part, parts, size,
+         max_branches, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Children of every `parts`-th row of a group; logits -inf where there is none."""
+    local = tl.arange(0, GROUP)
+    for r in range(part, size, parts):
+        row_first = tl.sum(tl.where(local == r, first, 0), axis=0)
+        row_count = tl.sum(tl.where(local == r, count, 0), axis=0)
+        for start in range(0, max_branches, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            place = r * max_branches + slot
+            inside = slot < max_branches
+            live = slot < row_count
+            token, child = _children(edges_ptr, edge_stride, row_first, slot, live)
+            tl.store(valid_ptr + place, token, mask=inside)
+            tl.store(next_ptr + place, child, mask=inside)
+            nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
+            tl.store(logits_ptr + place, nothing, mask=inside & (live == 0))
+
+
+@triton.jit
+def _tiles(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, count, size, part, parts, a_row, a_col,
+           w_token, w_hidden, max_branches, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
+           GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Logits of every `parts`-th tile of the children that all rows of a group share."""
+    local = tl.arange(0, GROUP)
+    in_rows = local < size
+    for start in range(part * BLOCK_M, count, parts * BLOCK_M):
+        slot = start + tl.arange(0, BLOCK_M)
+        live = slot < count
+        token = tl.load(edges_ptr + slot, mask=live, other=0).to(tl.int64)
+        value = _product(a_ptr, w_ptr, local, in_rows, token, live, a_row, a_col, w_token,
+                         w_hidden, HIDDEN, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
+        if HAS_BIAS:
+            value += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)[None, :]
+        tl.store(logits_ptr + local[:, None] * max_branches + slot[None, :], value,
+                 mask=in_rows[:, None] & live[None, :])  # fmt: skip
+
+
+@triton.jit
+def _pairs(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, first, count, part, parts, a_row, a_col,
+           w_token, w_hidden, max_branches, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
+           GROUP: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Logits of every `parts`-th run of PAIRS (row, child) pairs of a group, by dot products."""
+    local = tl.arange(0, GROUP)
+    done = tl.cumsum(count, axis=0)
+    total = tl.max(done, axis=0)
+    for start in range(part * PAIRS, total, parts * PAIRS):
+        pair = start + tl.arange(0, PAIRS)
+        live = pair < total
+        # The row of a pair is the number of rows that end before it.
+        before = done[None, :] <= pair[:, None]
+        row = tl.sum(before.to(tl.int32), axis=1)
+        slot = pair - tl.max(tl.where(before, done[None, :], 0), axis=1)
+        here = local[None, :] == row[:, None]
+        edge = tl.sum(tl.where(here, first[None, :], 0), axis=1) + slot
+        token = tl.load(edges_ptr + edge, mask=live, other=0).to(tl.int64)
+        a_base = a_ptr + row[:, None] * a_row
+        w_base = w_ptr + token[:, None] * w_token
+        acc = tl.zeros((PAIRS, BLOCK_H), tl.float32)
+        for h_start in range(0, HIDDEN, BLOCK_H):
             h = h_start + tl.arange(0, BLOCK_H)
-            inside = h < HIDDEN
-            x = tl.load(a_ptr + row * a_row + h * a_col, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + token[:, None] * w_token + h[None, :] * w_hidden,
-                        mask=live[:, None] & inside[None, :], other=0.0)  # fmt: skip
-            acc += w.to(tl.float32) * x[None, :]
+            mask = live[:, None]
+            if HIDDEN % BLOCK_H != 0:
+                mask = mask & (h < HIDDEN)[None, :]
+            w = tl.load(w_base + h[None, :] * w_hidden, mask=mask, other=0.0).to(tl.float32)
+            a = tl.load(a_base + h[None, :] * a_col, mask=mask, other=0.0).to(tl.float32)
+            acc += w * a
         value = tl.sum(acc, axis=1)
         if HAS_BIAS:
             value += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)
-        value = tl.where(live, value, float("-inf"))
-        place = row * max_branches + slot
-        tl.store(valid_ptr + place, token, mask=slot < stop)
-        tl.store(next_ptr + place, child, mask=slot < stop)
-        tl.store(logits_ptr + place, value, mask=slot < stop)
+        tl.store(logits_ptr + row * max_branches + slot, value, mask=live)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_nodes", "max_branches"])
-def shared_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
-                  cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
-                  max_branches, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """BLOCK_M slots of a group of rows that stand at one node; nothing for other groups."""
-    group = tl.program_id(0)
-    node, shared = _group_node(cur_node_ptr, group, num_rows, GROUP)
-    if shared:
-        first, count = _edges(row_ptrs_ptr, node, num_nodes, max_branches)
-        rows = group * GROUP + tl.arange(0, GROUP)
-        in_rows = rows < num_rows
-        slot = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        live = slot < count
-        token, child = _children(edges_ptr, edge_stride, first, slot, live)
-        value = _product(a_ptr, w_ptr, rows, in_rows, token, live, a_row, a_col, w_token, w_hidden,
-                         HIDDEN, GROUP, BLOCK_M, BLOCK_H)  # fmt: skip
-        if HAS_BIAS:
-            value += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)[None, :]
-        value = tl.where(live[None, :], value, float("-inf"))
-        place = rows.to(tl.int64)[:, None] * max_branches + slot[None, :]
-        inside = in_rows[:, None] & (slot < max_branches)[None, :]
-        tl.store(valid_ptr + place, tl.broadcast_to(token[None, :], place.shape), mask=inside)
-        tl.store(next_ptr + place, tl.broadcast_to(child[None, :], place.shape), mask=inside)
-        tl.store(logits_ptr + place, value, mask=inside)
+def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_ptr, row_ptrs_ptr,
+                   edges_ptr, cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col,
+                   w_token, w_hidden, max_branches, width, HIDDEN: tl.constexpr,
+                   HAS_BIAS: tl.constexpr, FILL: tl.constexpr, GROUP: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
+                   BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
+                   BLOCK_FILL: tl.constexpr):  # fmt: skip
+    """One of the programs of a group of rows: children, their nodes, fp32 logits, all (B, M).
+
+    FILL: also its share of -inf into the group's rows of `out` (B, width).
+    """
+    part = tl.program_id(0)
+    parts = tl.num_programs(0)
+    begin = tl.program_id(1).to(tl.int64) * GROUP
+    rows = begin + tl.arange(0, GROUP)
+    in_rows = rows < num_rows
+    size = tl.minimum(num_rows - begin, GROUP)
+    if FILL:
+        share = tl.cdiv(tl.cdiv(size * width, parts), BLOCK_FILL) * BLOCK_FILL
+        low = begin * width + part * share
+        _fill(out_ptr, low, tl.minimum(low + share, (begin + size) * width), BLOCK_FILL)
+    node = tl.load(cur_node_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int64)
+    first, count = _edges(row_ptrs_ptr, node, num_nodes, max_branches)
+    count = tl.where(in_rows, count, 0)
+    # Offsets from the group's own rows fit 32 bits.
+    a_group = a_ptr + begin * a_row
+    skip = begin * max_branches
+    _ids(logits_ptr + skip, next_ptr + skip, valid_ptr + skip, edges_ptr, edge_stride, first,
+         count, part, parts, size, max_branches, GROUP, BLOCK_IDS)  # fmt: skip
+    if tl.min(node, axis=0) == tl.max(node, axis=0):
+        _tiles(a_group, w_ptr, bias_ptr, logits_ptr + skip, edges_ptr + tl.max(first, axis=0),
+               tl.max(count, axis=0), size, part, parts, a_row, a_col, w_token, w_hidden,
+               max_branches, HIDDEN, HAS_BIAS, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
+    else:
+        _pairs(a_group, w_ptr, bias_ptr, logits_ptr + skip, edges_ptr, first, count, part, parts,
+               a_row, a_col, w_token, w_hidden, max_branches, HIDDEN, HAS_BIAS, GROUP, PAIRS,
+               BLOCK_H)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_nodes", "max_branches"])
+def place_kernel(logits_ptr, out_ptr, row_ptrs_ptr, edges_ptr, cur_node_ptr, num_nodes, width,
+                 max_branches, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Logits (B, M) of children to their tokens' columns of out (B, width)."""
+    row = tl.program_id(1).to(tl.int64)
+    first, count = _edges(row_ptrs_ptr, tl.load(cur_node_ptr + row), num_nodes, max_branches)
+    slot = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = slot < count
+    token = tl.load(edges_ptr + first + slot, mask=live, other=0).to(tl.int64)
+    value = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=0.0)
+    tl.store(out_ptr + row * width + token, value, mask=live)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

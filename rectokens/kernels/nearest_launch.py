@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rectokens.kernels.nearest_triton import nearest_kernel
+from rectokens.kernels.nearest_triton import nearest_kernel, split_kernel
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,19 +21,34 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class NearestSettings:
-    """Tile of rows, codes and dimensions; warps; programs an SM; tile of the second look."""
+    """Shape of a program's work.
 
-    rows: int = 64
-    codes: int = 64
+    Attributes:
+        rows, codes, dims: of a tile of the product.
+        warps, stages: of a program.
+        programs_per_sm: that stay on a multiprocessor and take tile after tile.
+        look_codes, look_dims: tile of a comparison by differences.
+        half: of the halves; Triton's interpreter knows no bfloat16.
+    """
+
+    rows: int = 128
+    codes: int = 256
     dims: int = 32
     warps: int = 8
-    stages: int = 2
-    programs_per_sm: int = 2
-    recheck_codes: int = 16
-    recheck_dims: int = 32
+    stages: int = 3
+    programs_per_sm: int = 1
+    look_codes: int = 64
+    look_dims: int = 32
+    half: torch.dtype = torch.bfloat16
 
 
-DEFAULT = NearestSettings()
+def settings_for(num_rows: int, multiprocessors: int) -> NearestSettings:
+    """Few rows: smaller tiles, so that more of the device has something to do."""
+    if num_rows > 64 * multiprocessors:
+        return NearestSettings()
+    if num_rows > 16 * multiprocessors:
+        return NearestSettings(rows=64, codes=128, dims=64, warps=4, programs_per_sm=2)
+    return NearestSettings(rows=16, codes=128, dims=64, warps=4, programs_per_sm=2)
 
 
 def fits(x: Tensor, codebook: Tensor) -> bool:
@@ -49,36 +64,51 @@ def launch_nearest(
     *,
     exact: bool = True,
     with_distance: bool = False,
-    settings: NearestSettings = DEFAULT,
+    settings: NearestSettings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual codes of ``x`` in one pass.
 
     Args:
         x: (B, D), B > 0.
         codebooks: (L, K, D).
-        exact: look again, in float64, where rounding could have decided; else products in TF32.
+        exact: look again, in float64, where rounding could have decided.
         with_distance: also sum the squared differences; for one level.
-        settings: tile shapes.
+        settings: tile shapes; None chooses them by the number of rows.
 
     Returns:
         int64 (B, L), and float32 (B,), whose values mean something with ``with_distance`` only.
     """
     x, codebooks = x.contiguous(), codebooks.contiguous()
     levels, num_codes, dim = codebooks.shape
-    squares = codebooks.float().square().sum(dim=-1)
-    # Few rows: smaller tiles, so that more of the device has something to do.
-    rows = settings.rows if x.shape[0] > 64 * 132 else 16
-    tiles = triton.cdiv(x.shape[0], rows)
+    if settings is None:
+        settings = settings_for(x.shape[0], _multiprocessors(x.device))
+    tiles = triton.cdiv(x.shape[0], settings.rows)
     programs = min(tiles, settings.programs_per_sm * _multiprocessors(x.device))
-    scratch = x.new_empty((programs, rows, dim) if levels > 1 else (1,), dtype=torch.float32)
+    high, low = (torch.empty_like(codebooks, dtype=settings.half) for _ in range(2))
+    squares = x.new_empty((levels, num_codes), dtype=torch.float32)
+    leftover = (programs, settings.rows, dim) if levels > 1 else (1,)
+    scratch = x.new_empty(leftover, dtype=torch.float32)
     codes = x.new_empty((x.shape[0], levels), dtype=torch.long)
     distances = x.new_empty((x.shape[0],), dtype=torch.float32)
     block_d = min(settings.dims, max(16, triton.next_power_of_2(dim)))
     on = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with on:
+        split_kernel[(triton.cdiv(levels * num_codes, 4),)](
+            codebooks,
+            high,
+            low,
+            squares,
+            levels * num_codes,
+            DIM=dim,
+            BLOCK_N=4,
+            BLOCK_D=min(256, max(16, triton.next_power_of_2(dim))),
+            num_warps=4,
+        )
         nearest_kernel[(programs,)](
             x,
             codebooks,
+            high,
+            low,
             squares,
             scratch,
             codes,
@@ -90,13 +120,12 @@ def launch_nearest(
             DIM=dim,
             EXACT=exact,
             WITH_DISTANCE=with_distance,
-            PRECISION="ieee" if exact else "tf32",
-            BLOCK_B=rows,
+            BLOCK_B=settings.rows,
             BLOCK_N=min(settings.codes, max(16, triton.next_power_of_2(num_codes))),
             BLOCK_D=block_d,
-            RECHECK_N=settings.recheck_codes,
-            RECHECK_D=settings.recheck_dims,
-            num_warps=settings.warps if rows == settings.rows else 4,
+            LOOK_N=settings.look_codes,
+            LOOK_D=min(settings.look_dims, block_d),
+            num_warps=settings.warps,
             num_stages=settings.stages,
         )
     return codes, distances

@@ -1,24 +1,180 @@
 # Triton gives kernels no types; parameters are pointers, tensors of the shapes stated, constants.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-# ruff: noqa: ANN001, ANN201, ANN202
-"""Triton kernel of the nearest-codeword search, all residual levels in one pass over x.
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+"""Triton kernels of the nearest-codeword search, all residual levels in one pass over x.
 
-A tile of rows is compared with all codes by a product in tiles, ||c||² - 2x·c, of which every score
-has a bound on its rounding error (see `rectokens.ops.nearest_reference`, whose bounds these are).
-Rows where another code's lower bound reaches below the best code's upper bound are searched again,
-one by one, in float64 and from the differences themselves. Ties go to the lowest index.
+`split_kernel` cuts a codebook, once a call, into two bfloat16 halves whose sum has 16 of float32's
+24 bits. `nearest_kernel` compares a tile of rows, cut in the same way, with all codes by three
+products on the tensor cores, ||c||² - 2x·c, and knows for every score a bound on its error:
+
+- halves: x = x1 + x2 + e with |e| <= 2^-18 |x|, so what e and x2·c2 would add is at most
+  3 * 2^-18 ||x|| ||c||;
+- sums: tensor cores add blocks of 16 products to the sum, all cut off at the largest one's last
+  bits (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021): at most 2^-20 of
+  ||x|| ||c|| a block, and 3 D / 16 blocks.
+
+Where only a second code is within the bounds of the best, both are compared by the squared
+differences themselves, in float64; where more are, all codes are. Ties go to the lowest index.
 """
 
 from rectokens.kernels.optional_triton import tl, triton
 
-_EPSILON = tl.constexpr(2.0**-23)
+_UNIT = tl.constexpr(2.0**-24)
 _TINY = tl.constexpr(2.0**-126)
+_NO_CODE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _row_by_differences(x_row_ptr, codes_ptr, num_codes, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_D: tl.constexpr):  # fmt: skip
-    """Nearest code of one row, float64, lowest index on ties; 0 where nothing compares."""
+def _halves(value, HALF: tl.constexpr):
+    """Two numbers of 16 bits, bfloat16 on a device, whose sum is `value` but for 2^-18 of it."""
+    high = value.to(HALF)
+    return high, (value - high.to(tl.float32)).to(HALF)
+
+
+@triton.jit
+def split_kernel(codes_ptr, high_ptr, low_ptr, squares_ptr, num_rows, DIM: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Halves (num_rows, DIM) and fp32 squared lengths (num_rows,) of codes (num_rows, DIM)."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < num_rows
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float64)
+    for start in range(0, DIM, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        place = row[:, None].to(tl.int64) * DIM + d[None, :]
+        mask = inside[:, None] & (d < DIM)[None, :]
+        value = tl.load(codes_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        high, low = _halves(value, high_ptr.dtype.element_ty)
+        tl.store(high_ptr + place, high, mask=mask)
+        tl.store(low_ptr + place, low, mask=mask)
+        wide = value.to(tl.float64)
+        total += wide * wide
+    tl.store(squares_ptr + row, tl.sum(total, axis=1).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _scores(x_base, in_rows, high_base, low_base, inside, squares, DIM: tl.constexpr,
+            BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """||c||² - 2x·c of a tile of rows and codes: fp32 [BLOCK_B, BLOCK_N]."""
+    acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        left = in_rows[:, None]
+        right = inside[None, :]
+        if DIM % BLOCK_D != 0:
+            left = left & (d < DIM)[None, :]
+            right = right & (d < DIM)[:, None]
+        x = tl.load(x_base + d[None, :], mask=left, other=0.0).to(tl.float32)
+        high = tl.load(high_base + d[:, None], mask=right, other=0.0)
+        low = tl.load(low_base + d[:, None], mask=right, other=0.0)
+        x_high, x_low = _halves(x, high.dtype)
+        acc = tl.dot(x_low, high, acc)
+        acc = tl.dot(x_high, low, acc)
+        acc = tl.dot(x_high, high, acc)
+    return squares[None, :] - 2.0 * acc
+
+
+@triton.jit
+def _three_least(low, code):
+    """Of each row of `low`: the least with its code, the second with its code, and the third."""
+    first = tl.min(low, axis=1)
+    first_code = tl.min(tl.where(low == first[:, None], code[None, :], _NO_CODE), axis=1)
+    low = tl.where(code[None, :] == first_code[:, None], float("inf"), low)
+    second = tl.min(low, axis=1)
+    second_code = tl.min(tl.where(low == second[:, None], code[None, :], _NO_CODE), axis=1)
+    low = tl.where(code[None, :] == second_code[:, None], float("inf"), low)
+    return first, first_code, second, second_code, tl.min(low, axis=1)
+
+
+@triton.jit
+def _candidates(x_ptr, local, in_rows, high_ptr, low_ptr, squares_ptr, num_codes,
+                DIM: tl.constexpr, EXACT: tl.constexpr, BLOCK_B: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Each row's best code and the second, whether the two must be compared, whether all must."""
+    by_lengths = 1.01 * (6.0 * 2.0**-18 + 2.0 * (1.25 * DIM + 32) * 2.0**-23 + 16 * _UNIT)
+    by_square = 8 * _UNIT
+    slack = 16 * DIM * _TINY
+    x_base = x_ptr + local[:, None] * DIM
+    reach = tl.zeros((BLOCK_B,), tl.float32)
+    if EXACT:
+        for start in range(0, DIM, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = in_rows[:, None] & (d < DIM)[None, :]
+            x = tl.load(x_base + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            reach += tl.sum(x * x, axis=1)
+        reach = by_lengths * tl.sqrt(reach)
+    best = tl.full((BLOCK_B,), float("inf"), tl.float32)
+    second = tl.full((BLOCK_B,), float("inf"), tl.float32)
+    third = tl.full((BLOCK_B,), float("inf"), tl.float32)
+    best_code = tl.full((BLOCK_B,), 0, tl.int32)
+    second_code = tl.full((BLOCK_B,), 0, tl.int32)
+    for start in range(0, num_codes, BLOCK_N):
+        code = start + tl.arange(0, BLOCK_N)
+        inside = code < num_codes
+        place = code.to(tl.int64)[None, :] * DIM
+        square = tl.load(squares_ptr + code, mask=inside, other=0.0)
+        low = _scores(x_base, in_rows, high_ptr + place, low_ptr + place, inside,
+                      square * (1.0 - by_square) - slack if EXACT else square,
+                      DIM, BLOCK_B, BLOCK_N, BLOCK_D)  # fmt: skip
+        if EXACT:
+            low -= reach[:, None] * tl.sqrt(square)[None, :]
+            # What overflowed can be anything.
+            low = tl.where(low < float("inf"), low, float("-inf"))
+            low = tl.where(inside[None, :], low, float("inf"))
+            first, first_code, next_, next_code, last = _three_least(low, code)
+            better = first < best
+            ahead, behind = tl.where(better, next_, second), tl.where(better, best, first)
+            ahead_code = tl.where(better, next_code, second_code)
+            behind_code = tl.where(better, best_code, first_code)
+            third = tl.where(
+                behind < ahead,
+                tl.minimum(ahead, tl.where(better, second, next_)),
+                tl.minimum(behind, tl.where(better, last, third)),
+            )
+            second_code = tl.where(behind < ahead, behind_code, ahead_code)
+            second = tl.minimum(behind, ahead)
+        else:
+            low = tl.where(inside[None, :] & (low == low), low, float("inf"))
+            first = tl.min(low, axis=1)
+            first_code = tl.min(tl.where(low == first[:, None], code[None, :], _NO_CODE), axis=1)
+            better = first < best
+        best_code = tl.where(better, first_code, best_code)
+        best = tl.minimum(best, first)
+    undecided = in_rows & (best != best)
+    several = undecided
+    if EXACT:
+        square = tl.load(squares_ptr + best_code, mask=in_rows, other=0.0)
+        error = reach * tl.sqrt(square) + by_square * square + slack
+        upper = best + 2.0 * error
+        known = (best > float("-inf")) & (best < float("inf"))
+        undecided = in_rows & ((second > upper) & known == 0)
+        several = in_rows & ((third > upper) & known == 0)
+    return best_code, second_code, undecided, several
+
+
+@triton.jit
+def _closer(x_ptr, local, codes_ptr, first_code, second_code, rows, DIM: tl.constexpr,
+            BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Of two codes for each row where `rows`, the nearer one by float64 differences."""
+    first = tl.zeros((BLOCK_B,), tl.float64)
+    second = tl.zeros((BLOCK_B,), tl.float64)
+    for start in range(0, DIM, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = rows[:, None] & (d < DIM)[None, :]
+        x = tl.load(x_ptr + local[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        one = tl.load(codes_ptr + first_code[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        two = tl.load(codes_ptr + second_code[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        gap = x.to(tl.float64) - one.to(tl.float64)
+        first += tl.sum(gap * gap, axis=1)
+        gap = x.to(tl.float64) - two.to(tl.float64)
+        second += tl.sum(gap * gap, axis=1)
+    take = (second < first) | ((second == first) & (second_code < first_code))
+    return tl.where(rows & take, second_code, first_code)
+
+
+@triton.jit
+def _of_all(x_row_ptr, codes_ptr, num_codes, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_D: tl.constexpr):  # fmt: skip
+    """Nearest code of one row by float64 differences; 0 where nothing compares."""
     best = tl.full((), float("inf"), tl.float64)
     best_code = tl.full((), 0, tl.int32)
     for start in range(0, num_codes, BLOCK_N):
@@ -28,102 +184,48 @@ def _row_by_differences(x_row_ptr, codes_ptr, num_codes, DIM: tl.constexpr, BLOC
         for d_start in range(0, DIM, BLOCK_D):
             d = d_start + tl.arange(0, BLOCK_D)
             x = tl.load(x_row_ptr + d, mask=d < DIM, other=0.0).to(tl.float64)
-            c = tl.load(codes_ptr + code.to(tl.int64)[:, None] * DIM + d[None, :],
+            c = tl.load(codes_ptr + code[:, None] * DIM + d[None, :],
                         mask=inside[:, None] & (d < DIM)[None, :], other=0.0)  # fmt: skip
             gap = x[None, :] - c.to(tl.float64)
             total += gap * gap
         distance = tl.sum(total, axis=1)
         distance = tl.where(inside & (distance == distance), distance, float("inf"))
         least = tl.min(distance, axis=0)
-        first = tl.min(tl.where(distance == least, code, 2147483647), axis=0)
+        first = tl.min(tl.where(distance == least, code, _NO_CODE), axis=0)
         best_code = tl.where(least < best, first, best_code)
         best = tl.minimum(best, least)
     return best_code
 
 
 @triton.jit
-def _nearest(x_ptr, rows, in_rows, codes_ptr, squares_ptr, num_codes, DIM: tl.constexpr,
-             EXACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Nearest code of each of a tile's rows of x (., DIM): int32 [BLOCK_B], and the undecided."""
-    relative = (DIM + 16) * 0.5 * _EPSILON
-    slack = 16 * DIM * _TINY
-    x_base = x_ptr + rows.to(tl.int64)[:, None] * DIM
-    norm = tl.zeros((BLOCK_B,), tl.float32)
-    if EXACT:
-        for d_start in range(0, DIM, BLOCK_D):
-            d = d_start + tl.arange(0, BLOCK_D)
-            mask = in_rows[:, None] & (d < DIM)[None, :]
-            x = tl.load(x_base + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            norm += tl.sum(x * x, axis=1)
-        # The bound's own roundings are covered by its factors; a root rounds by one half ulp.
-        norm = tl.sqrt(norm)
-    best = tl.full((BLOCK_B,), float("inf"), tl.float32)
-    best_upper = tl.full((BLOCK_B,), float("inf"), tl.float32)
-    second = tl.full((BLOCK_B,), float("inf"), tl.float32)
-    best_code = tl.full((BLOCK_B,), 0, tl.int32)
-    for start in range(0, num_codes, BLOCK_N):
-        code = start + tl.arange(0, BLOCK_N)
-        inside = code < num_codes
-        c_base = codes_ptr + code.to(tl.int64)[None, :] * DIM
-        acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        for d_start in range(0, DIM, BLOCK_D):
-            d = d_start + tl.arange(0, BLOCK_D)
-            x = tl.load(x_base + d[None, :], mask=in_rows[:, None] & (d < DIM)[None, :],
-                        other=0.0).to(tl.float32)  # fmt: skip
-            c = tl.load(c_base + d[:, None], mask=(d < DIM)[:, None] & inside[None, :], other=0.0)
-            acc = tl.dot(x, c.to(tl.float32), acc, input_precision=PRECISION)
-        square = tl.load(squares_ptr + code, mask=inside, other=0.0)
-        score = square[None, :] - 2.0 * acc
-        if EXACT:
-            length = tl.sqrt(square)
-            error = relative * (3.0 * norm[:, None] * length[None, :] + 2.0 * square[None, :])
-            error += slack
-            score -= error
-        # A score that overflowed compares with nothing; its row stays undecided.
-        score = tl.where(inside[None, :] & (score == score), score, float("inf"))
-        least = tl.min(score, axis=1)
-        first = tl.min(tl.where(score == least[:, None], code[None, :], 2147483647), axis=1)
-        here = code[None, :] == first[:, None]
-        better = least < best
-        if EXACT:
-            others = tl.min(tl.where(here, float("inf"), score), axis=1)
-            upper = least + 2.0 * tl.sum(tl.where(here, error, 0.0), axis=1)
-            second = tl.minimum(tl.minimum(second, others), tl.where(better, best, least))
-            best_upper = tl.where(better, upper, best_upper)
-        best_code = tl.where(better, first, best_code)
-        best = tl.where(better, least, best)
-    decided = (second > best_upper) & (best < float("inf")) & (best > float("-inf"))
-    undecided = in_rows & (decided == 0)
-    return best_code, undecided
-
-
-@triton.jit
-def _level(source, codes, squares, scratch_ptr, local, rows, in_rows, out_ptr, distance_ptr,
-           num_codes, leaves_over, LEVELS: tl.constexpr, DIM: tl.constexpr, EXACT: tl.constexpr,
-           WITH_DISTANCE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, RECHECK_N: tl.constexpr,
-           RECHECK_D: tl.constexpr):  # fmt: skip
+def _level(source, codes, high, low, squares, scratch_ptr, local, rows, in_rows, out_ptr,
+           distance_ptr, num_codes, leaves_over, LEVELS: tl.constexpr, DIM: tl.constexpr,
+           EXACT: tl.constexpr, WITH_DISTANCE: tl.constexpr, BLOCK_B: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LOOK_N: tl.constexpr,
+           LOOK_D: tl.constexpr):  # fmt: skip
     """One level of one tile: codes to `out`; what is left over to `scratch`, if the next needs it.
 
     `source` and `scratch` are those of the tile and may be one: a barrier parts reads and writes.
     """
-    best, undecided = _nearest(source, local, in_rows, codes, squares, num_codes, DIM, EXACT,
-                               PRECISION, BLOCK_B, BLOCK_N, BLOCK_D)  # fmt: skip
+    best, second, undecided, several = _candidates(source, local, in_rows, high, low, squares,
+                                                   num_codes, DIM, EXACT, BLOCK_B, BLOCK_N,
+                                                   BLOCK_D)  # fmt: skip
     if EXACT:
-        flags = undecided.to(tl.int32)
-        if tl.max(flags, axis=0) > 0:
-            for r in range(BLOCK_B):
-                if tl.sum(tl.where(local == r, flags, 0), axis=0) > 0:
-                    found = _row_by_differences(source + r * DIM, codes, num_codes, DIM,
-                                                RECHECK_N, RECHECK_D)  # fmt: skip
-                    best = tl.where(local == r, found, best)
+        if tl.max(undecided.to(tl.int32), axis=0) > 0:
+            best = _closer(source, local, codes, best, second, undecided & (several == 0), DIM,
+                           BLOCK_B, LOOK_D)  # fmt: skip
+            left = tl.where(several, local, BLOCK_B)
+            for _ in range(tl.sum(several.to(tl.int32), axis=0)):
+                row = tl.min(left, axis=0)
+                found = _of_all(source + row * DIM, codes, num_codes, DIM, LOOK_N, LOOK_D)
+                best = tl.where(local == row, found, best)
+                left = tl.where(local == row, BLOCK_B, left)
     tl.store(out_ptr + rows * LEVELS, best.to(tl.int64), mask=in_rows)
     if WITH_DISTANCE or LEVELS > 1:
         tl.debug_barrier()
         total = tl.zeros((BLOCK_B,), tl.float32)
-        for start in range(0, tl.where(leaves_over, DIM, 0), BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+        for start in range(0, tl.where(leaves_over, DIM, 0), LOOK_D):
+            d = start + tl.arange(0, LOOK_D)
             mask = in_rows[:, None] & (d < DIM)[None, :]
             place = local[:, None] * DIM + d[None, :]
             x = tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
@@ -138,12 +240,12 @@ def _level(source, codes, squares, scratch_ptr, local, rows, in_rows, out_ptr, d
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles"])
-def nearest_kernel(x_ptr, codes_ptr, squares_ptr, scratch_ptr, out_ptr, distance_ptr, num_rows,
-                   num_codes, tiles, LEVELS: tl.constexpr, DIM: tl.constexpr,
-                   EXACT: tl.constexpr, WITH_DISTANCE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "tiles", "num_codes"])
+def nearest_kernel(x_ptr, codes_ptr, high_ptr, low_ptr, squares_ptr, scratch_ptr, out_ptr,
+                   distance_ptr, num_rows, num_codes, tiles, LEVELS: tl.constexpr,
+                   DIM: tl.constexpr, EXACT: tl.constexpr, WITH_DISTANCE: tl.constexpr,
                    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   RECHECK_N: tl.constexpr, RECHECK_D: tl.constexpr):  # fmt: skip
+                   LOOK_N: tl.constexpr, LOOK_D: tl.constexpr):  # fmt: skip
     """Codes (B, LEVELS) of x (B, DIM) in codebooks (LEVELS, num_codes, DIM), all contiguous.
 
     A program stays and takes tile after tile. What a level leaves over goes to the program's own
@@ -155,14 +257,14 @@ def nearest_kernel(x_ptr, codes_ptr, squares_ptr, scratch_ptr, out_ptr, distance
         first_row = tl.full((), 0, tl.int64) + tile * BLOCK_B
         rows = first_row + local
         in_rows = rows < num_rows
-        _level(x_ptr + first_row * DIM, codes_ptr, squares_ptr, my_scratch,
+        _level(x_ptr + first_row * DIM, codes_ptr, high_ptr, low_ptr, squares_ptr, my_scratch,
                local, rows, in_rows, out_ptr, distance_ptr, num_codes,
-               WITH_DISTANCE or LEVELS > 1, LEVELS, DIM, EXACT, WITH_DISTANCE, PRECISION,
-               BLOCK_B, BLOCK_N, BLOCK_D, RECHECK_N, RECHECK_D)  # fmt: skip
+               WITH_DISTANCE or LEVELS > 1, LEVELS, DIM, EXACT, WITH_DISTANCE,
+               BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip
         if LEVELS > 1:
             for level in range(1, LEVELS):
-                _level(my_scratch, codes_ptr + level * num_codes * DIM,
+                skip = level * num_codes * DIM
+                _level(my_scratch, codes_ptr + skip, high_ptr + skip, low_ptr + skip,
                        squares_ptr + level * num_codes, my_scratch, local, rows, in_rows,
                        out_ptr + level, distance_ptr, num_codes, level + 1 < LEVELS, LEVELS, DIM,
-                       EXACT, False, PRECISION, BLOCK_B, BLOCK_N, BLOCK_D, RECHECK_N,
-                       RECHECK_D)  # fmt: skip
+                       EXACT, False, BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip

@@ -117,12 +117,10 @@ def compare(name, shape, vocab, rows, step, kind, dtype, seed, settings, k=3, he
     return same(got, wanted, exact=False)
 
 
-SMALL = launch.LinearSettings(
-    group=4, shared_slots=16, gather_slots=4, gather_hidden=16, programs=8
-)
+SMALL = launch.LinearSettings(group=4, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32)
 FORMS = {
     "gather and shared": launch.LinearSettings(
-        product_share=2.0, group=4, shared_slots=16, gather_slots=4, gather_hidden=16, programs=8
+        product_share=2.0, group=4, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32
     ),
     "product": launch.LinearSettings(product_share=0.0),
     "chosen": SMALL,
