@@ -300,10 +300,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``a @ b + bias`` in float32 (B, V), inputs of 16 bits multiplied as they are."""
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
     wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
-    block_b, block_n = (64, 64) if wide or a.shape[0] <= 64 else (128, 128)
+    block = 64 if a.shape[0] <= 64 else 128
     with _on(a.device):
         kernels.product_kernel[
-            (triton.cdiv(a.shape[0], block_b), triton.cdiv(b.shape[1], block_n))
+            (triton.cdiv(a.shape[0], block), triton.cdiv(b.shape[1], block))
         ](
             a,
             b,
@@ -317,10 +317,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
             b.stride(0),
             HIDDEN=a.shape[1],
             HAS_BIAS=bias is not None,
-            BLOCK_B=block_b,
-            BLOCK_N=block_n,
+            BLOCK_B=block,
+            BLOCK_N=block,
             BLOCK_H=32 if wide else 64,
-            num_warps=8 if wide or block_b == 128 else 4,
+            num_warps=block // 16,
             num_stages=3,
         )
     return out

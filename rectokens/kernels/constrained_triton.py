@@ -102,9 +102,12 @@ def spread_kernel(source_ptr, out_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_
 def _fill(out_ptr, begin, end, BLOCK: tl.constexpr):
     """-inf into out[begin:end]."""
     nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(begin, end, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        tl.store(out_ptr + place, nothing, mask=place < end)
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    # Without a mask, so that stores are wide.
+    for start in range(begin, whole, BLOCK):
+        tl.store(out_ptr + start + tl.arange(0, BLOCK), nothing)
+    place = whole + tl.arange(0, BLOCK)
+    tl.store(out_ptr + place, nothing, mask=place < end)
 
 
 @triton.jit
@@ -202,7 +205,8 @@ def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_
     if FILL:
         share = tl.cdiv(tl.cdiv(size * width, parts), BLOCK_FILL) * BLOCK_FILL
         low = begin * width + part * share
-        _fill(out_ptr, low, tl.minimum(low + share, (begin + size) * width), BLOCK_FILL)
+        high = tl.minimum(low + share, (begin + size) * width)
+        _fill(out_ptr, low, tl.maximum(high, low), BLOCK_FILL)
     node = tl.load(cur_node_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int64)
     first, count = _edges(row_ptrs_ptr, node, num_nodes, max_branches)
     count = tl.where(in_rows, count, 0)

@@ -249,7 +249,8 @@ def nearest_kernel(x_ptr, codes_ptr, high_ptr, low_ptr, squares_ptr, scratch_ptr
     """Codes (B, LEVELS) of x (B, DIM) in codebooks (LEVELS, num_codes, DIM), all contiguous.
 
     A program stays and takes tile after tile. What a level leaves over goes to the program's own
-    place in `scratch` (programs, BLOCK_B, DIM) fp32, small enough for the cache.
+    place in `scratch` (programs, BLOCK_B, DIM) fp32, small enough for the cache. With more than
+    one level x is fp32 too.
     """
     local = tl.arange(0, BLOCK_B)
     my_scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * BLOCK_B * DIM
@@ -257,14 +258,16 @@ def nearest_kernel(x_ptr, codes_ptr, high_ptr, low_ptr, squares_ptr, scratch_ptr
         first_row = tl.full((), 0, tl.int64) + tile * BLOCK_B
         rows = first_row + local
         in_rows = rows < num_rows
-        _level(x_ptr + first_row * DIM, codes_ptr, high_ptr, low_ptr, squares_ptr, my_scratch,
-               local, rows, in_rows, out_ptr, distance_ptr, num_codes,
-               WITH_DISTANCE or LEVELS > 1, LEVELS, DIM, EXACT, WITH_DISTANCE,
-               BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip
-        if LEVELS > 1:
-            for level in range(1, LEVELS):
+        source = x_ptr + first_row * DIM
+        if LEVELS == 1:
+            _level(source, codes_ptr, high_ptr, low_ptr, squares_ptr, my_scratch, local, rows,
+                   in_rows, out_ptr, distance_ptr, num_codes, WITH_DISTANCE, LEVELS, DIM, EXACT,
+                   WITH_DISTANCE, BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip
+        else:
+            for level in range(LEVELS):
                 skip = level * num_codes * DIM
-                _level(my_scratch, codes_ptr + skip, high_ptr + skip, low_ptr + skip,
+                _level(source, codes_ptr + skip, high_ptr + skip, low_ptr + skip,
                        squares_ptr + level * num_codes, my_scratch, local, rows, in_rows,
                        out_ptr + level, distance_ptr, num_codes, level + 1 < LEVELS, LEVELS, DIM,
                        EXACT, False, BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip
+                source = my_scratch

@@ -15,13 +15,21 @@ from triton.compiler import ASTSource
 from rectokens.kernels import constrained_triton as constrained
 from rectokens.kernels import nearest_triton as nearest
 from rectokens.kernels import selection_triton as selection
+from rectokens.kernels.constrained_launch import DEFAULT_LINEAR
+from rectokens.kernels.nearest_launch import settings_for
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY_LIMIT = 227 * 1024
 FLOAT32 = ("logits_ptr", "stats_ptr", "temperature_ptr", "out_logits_ptr", "out_log_probas_ptr",
            "squares_ptr", "scratch_ptr", "distance_ptr")  # fmt: skip
+HALVES = ("high_ptr", "low_ptr")
 DATA = ("a_ptr", "w_ptr", "bias_ptr", "source_ptr", "x_ptr", "codes_ptr")
+WRITE_FLOAT32 = (
+    constrained.product_kernel,
+    constrained.project_kernel,
+    constrained.place_kernel,
+)
 WIDE = ("edge_stride", "a_row", "w_token", "source_row")
 
 
@@ -31,8 +39,10 @@ def code_of(kernel, tmp_path, dtype, constants, **options):
     def kind(name):
         if name in constants:
             return "constexpr"
-        if name in FLOAT32 or (name == "out_ptr" and kernel is constrained.product_kernel):
+        if name in FLOAT32 or (name == "out_ptr" and kernel in WRITE_FLOAT32):
             return "*fp32"
+        if name in HALVES:
+            return "*bf16"
         if name in DATA or (name == "out_ptr" and kernel is constrained.spread_kernel):
             return f"*{dtype}"
         return "*i64" if name.endswith("_ptr") else "i64" if name in WIDE else "i32"
@@ -57,6 +67,8 @@ def code_of(kernel, tmp_path, dtype, constants, **options):
     cubin.write_bytes(compiled.asm["cubin"])
     usage = cuobjdump("--dump-resource-usage", cubin)
     stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("STACK", "LOCAL"))
+    print(f"{kernel.__name__} {dtype}: {usage.split('REG', 1)[1].split()[0]} registers, "
+          f"{compiled.metadata.shared} bytes shared, {stack + local} spilled")  # fmt: skip
     assert stack + local == 0, usage
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT
     return cuobjdump("-sass", cubin)
@@ -68,35 +80,40 @@ def cuobjdump(option, cubin):
     ).stdout
 
 
-@pytest.mark.parametrize(("dtype", "wide"), [("bf16", False), ("fp32", True)])
-def test_shared(tmp_path, dtype, wide):
-    constants = {"HIDDEN": 1024, "HAS_BIAS": False, "GROUP": 64, "BLOCK_M": 64,
-                 "BLOCK_H": 32 if wide else 64}  # fmt: skip
-    code = code_of(constrained.shared_kernel, tmp_path, dtype, constants,
-                   num_warps=8 if wide else 4, num_stages=3)  # fmt: skip
-    # fp32 must stay fp32: no tensor core rounds it to TF32.
-    assert ("FFMA" in code and "HMMA" not in code) if wide else re.search("HG?MMA", code)
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_gather(tmp_path, dtype):
-    constants = {"HIDDEN": 2048, "HAS_BIAS": True, "GROUP": 64, "BLOCK_M": 8, "BLOCK_H": 512}
-    code = code_of(constrained.gather_kernel, tmp_path, dtype, constants, num_warps=4)
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("slots", [16, DEFAULT_LINEAR.slots])
+def test_project(tmp_path, dtype, fill, slots):
+    chosen = DEFAULT_LINEAR
+    constants = {"HIDDEN": 1024, "HAS_BIAS": True, "FILL": fill, "GROUP": chosen.group,
+                 "BLOCK_M": slots, "BLOCK_K": 64 if dtype == "bf16" else 32,
+                 "PAIRS": chosen.pairs, "BLOCK_H": chosen.pairs_hidden, "BLOCK_IDS": 256,
+                 "BLOCK_FILL": chosen.fill}  # fmt: skip
+    code = code_of(constrained.project_kernel, tmp_path, dtype, constants,
+                   num_warps=chosen.warps, num_stages=chosen.stages)  # fmt: skip
+    assert re.search("HG?MMA", code)
+    # Wide loads of weights, wide stores of the filling.
     assert re.search(r"LDG\.E\.128", code)
+    assert re.search(r"STG\.E\.128", code) or not fill
 
 
-@pytest.mark.parametrize(("dtype", "block", "warps"), [("bf16", 128, 8), ("fp32", 64, 8)])
-def test_product(tmp_path, dtype, block, warps):
+def test_place(tmp_path):
+    code_of(constrained.place_kernel, tmp_path, "fp32", {"BLOCK_M": 1024}, num_warps=4)
+
+
+@pytest.mark.parametrize(("dtype", "block"), [("bf16", 128), ("fp32", 128), ("fp32", 64)])
+def test_product(tmp_path, dtype, block):
     constants = {"HIDDEN": 1024, "HAS_BIAS": False, "BLOCK_B": block, "BLOCK_N": block,
                  "BLOCK_H": 64 if dtype == "bf16" else 32}  # fmt: skip
-    code_of(constrained.product_kernel, tmp_path, dtype, constants, num_warps=warps, num_stages=3)
+    code = code_of(constrained.product_kernel, tmp_path, dtype, constants, num_warps=block // 16,
+                   num_stages=3)  # fmt: skip
+    assert "HGMMA" in code
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("from_logits", [True, False])
-def test_spread(tmp_path, dtype, from_logits):
-    constants = {"FROM_LOGITS": from_logits, "BLOCK": 4096, "BLOCK_M": 512}
-    code = code_of(constrained.spread_kernel, tmp_path, dtype, constants, num_warps=4)
+def test_spread(tmp_path, dtype):
+    code = code_of(constrained.spread_kernel, tmp_path, dtype, {"BLOCK": 4096, "BLOCK_M": 512},
+                   num_warps=4)  # fmt: skip
     assert "BAR.SYNC" in code
 
 
@@ -116,12 +133,19 @@ def test_long_rows(tmp_path):
     code_of(selection.emit_kernel, tmp_path, "fp32", {"K": 64}, num_warps=4)
 
 
-@pytest.mark.parametrize(("levels", "rows", "warps"), [(1, 64, 8), (4, 64, 8), (1, 16, 4)])
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("rows", [1_000, 5_000, 65_536])
 @pytest.mark.parametrize("exact", [True, False])
-def test_nearest(tmp_path, levels, rows, warps, exact):
+def test_nearest(tmp_path, levels, rows, exact):
+    chosen = settings_for(rows, 132)
     constants = {"LEVELS": levels, "DIM": 256, "EXACT": exact, "WITH_DISTANCE": False,
-                 "PRECISION": "ieee" if exact else "tf32", "BLOCK_B": rows, "BLOCK_N": 64,
-                 "BLOCK_D": 32, "RECHECK_N": 16, "RECHECK_D": 32}  # fmt: skip
-    code = code_of(nearest.nearest_kernel, tmp_path, "fp32", constants, num_warps=warps,
-                   num_stages=2)  # fmt: skip
-    assert bool(re.search("HG?MMA", code)) != exact
+                 "BLOCK_B": chosen.rows, "BLOCK_N": chosen.codes, "BLOCK_D": chosen.dims,
+                 "LOOK_N": chosen.look_codes, "LOOK_D": chosen.look_dims}  # fmt: skip
+    code = code_of(nearest.nearest_kernel, tmp_path, "fp32", constants, num_warps=chosen.warps,
+                   num_stages=chosen.stages)  # fmt: skip
+    assert ("HGMMA" if chosen.rows >= 64 else "HMMA") in code
+
+
+def test_split(tmp_path):
+    constants = {"DIM": 256, "BLOCK_N": 4, "BLOCK_D": 256}
+    code_of(nearest.split_kernel, tmp_path, "fp32", constants, num_warps=4)
