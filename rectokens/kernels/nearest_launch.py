@@ -32,7 +32,7 @@ class NearestSettings:
     """
 
     rows: int = 128
-    codes: int = 256
+    codes: int = 128
     dims: int = 32
     warps: int = 8
     stages: int = 3
@@ -47,8 +47,8 @@ def settings_for(num_rows: int, multiprocessors: int) -> NearestSettings:
     if num_rows > 64 * multiprocessors:
         return NearestSettings()
     if num_rows > 16 * multiprocessors:
-        return NearestSettings(rows=64, codes=128, dims=64, warps=4, programs_per_sm=2)
-    return NearestSettings(rows=16, codes=128, dims=64, warps=4, programs_per_sm=2)
+        return NearestSettings(rows=64, warps=4, programs_per_sm=2)
+    return NearestSettings(rows=16, dims=64, warps=4, programs_per_sm=2)
 
 
 def fits(x: Tensor, codebook: Tensor) -> bool:

@@ -189,10 +189,10 @@ def test_same_answer_twice_and_in_a_graph():
 
 
 def test_a_new_batch_size_compiles_nothing():
-    from rectokens.kernels.constrained_triton import gather_kernel, shared_kernel, spread_kernel
+    from rectokens.kernels.constrained_triton import place_kernel, project_kernel, spread_kernel
 
     def compiled():
-        kernels_ = (gather_kernel, shared_kernel, spread_kernel)
+        kernels_ = (project_kernel, place_kernel, spread_kernel)
         return [sum(len(c[0]) for c in k.device_caches.values()) for k in kernels_]
 
     tables, g = case("uniform", 517, 400, "any")
