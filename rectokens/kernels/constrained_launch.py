@@ -302,9 +302,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
     block = 64 if a.shape[0] <= 64 else 128
     with _on(a.device):
-        kernels.product_kernel[
-            (triton.cdiv(a.shape[0], block), triton.cdiv(b.shape[1], block))
-        ](
+        kernels.product_kernel[(triton.cdiv(a.shape[0], block), triton.cdiv(b.shape[1], block))](
             a,
             b,
             b if bias is None else bias,

@@ -16,9 +16,7 @@ from rectokens.kernels.nearest_launch import NearestSettings, launch_nearest
 from rectokens.ops.nearest_reference import nearest_direct, squared_distances
 
 torch.set_num_threads(1)
-SMALL = NearestSettings(
-    rows=16, codes=16, dims=16, look_codes=16, look_dims=16, half=torch.float16
-)
+SMALL = NearestSettings(rows=16, codes=16, dims=16, look_codes=16, look_dims=16, half=torch.float16)
 
 
 def poisoned(tensor, shape, dtype=None, device=None):
