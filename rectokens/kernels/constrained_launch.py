@@ -36,6 +36,7 @@ class LinearSettings:
             gather would read a weight row again for every row that has it as a child.
         group: consecutive rows that share programs, and a product where they stand at one node.
         slots: of a tile of that product.
+        few: consecutive rows that share programs where they do not; divides ``group``.
         pairs, pairs_hidden: tile of the dot products of other rows.
         programs: programs that fill the device a few times over.
         fill: entries of a row filled at a time.
@@ -45,6 +46,7 @@ class LinearSettings:
     product_share: float = 0.25
     group: int = 64
     slots: int = 64
+    few: int = 16
     pairs: int = 16
     pairs_hidden: int = 256
     programs: int = 1056
@@ -249,9 +251,8 @@ def _project(
     wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
     slots = min(settings.slots, max(16, triton.next_power_of_2(max_branches)))
     groups = triton.cdiv(num_rows, settings.group)
-    most = triton.cdiv(settings.group * max_branches, settings.pairs)
     parts = max(triton.cdiv(settings.programs, groups), triton.cdiv(max_branches, slots))
-    parts = max(1, min(parts, most if fill is None else settings.programs))
+    parts = max(settings.group // settings.few, min(parts, settings.programs))
     with _on(a.device):
         kernels.project_kernel[(parts, groups)](
             a,
@@ -277,6 +278,7 @@ def _project(
             HAS_BIAS=bias is not None,
             FILL=fill is not None,
             GROUP=settings.group,
+            FEW=settings.few,
             BLOCK_M=slots,
             BLOCK_K=32 if wide else 64,
             PAIRS=settings.pairs,
@@ -356,8 +358,9 @@ def _choose(
     inputs = (logits, next_node, valid_idxs, temperature)
     with _on(logits.device):
         if max_branches <= block:
+            kept = valid_idxs.new_empty((num_rows, width))
             selection.select_kernel[(num_rows,)](
-                *inputs, noise, *outputs, max_branches, k, stride, BLOCK=block, **form
+                *inputs, noise, *outputs, kept, max_branches, k, stride, BLOCK=block, **form
             )
             return outputs
         stats = logits.new_empty((num_rows, 2))

@@ -131,6 +131,23 @@ def _ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count, 
 
 
 @triton.jit
+def _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count, begin, part,
+                parts, size, max_branches, BLOCK: tl.constexpr):  # fmt: skip
+    """As `_ids`, of rows that all have the same children: every `parts`-th block of the slots."""
+    for start in range(part * BLOCK, size * max_branches, parts * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < size * max_branches
+        slot = (place % max_branches).to(tl.int32)
+        live = inside & (slot < count)
+        token, child = _children(edges_ptr, edge_stride, first, slot, live)
+        to = begin * max_branches + place
+        tl.store(valid_ptr + to, token, mask=inside)
+        tl.store(next_ptr + to, child, mask=inside)
+        nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
+        tl.store(logits_ptr + to, nothing, mask=inside & (live == 0))
+
+
+@triton.jit
 def _tiles(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, count, size, part, parts, a_row, a_col,
            w_token, w_hidden, max_branches, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
            GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -184,13 +201,37 @@ def _pairs(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, first, count, part, pa
         tl.store(logits_ptr + row * max_branches + slot, value, mask=live)
 
 
+@triton.jit
+def _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
+               cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
+               max_branches, begin, part, parts, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
+               RUNS: tl.constexpr, FEW: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
+               BLOCK_IDS: tl.constexpr):  # fmt: skip
+    """A group of rows at several nodes, in runs of FEW rows; parts >= RUNS, so each has its own."""
+    begin += (part % RUNS) * FEW
+    size = tl.minimum(num_rows - begin, FEW)
+    rows = begin + tl.arange(0, FEW)
+    node = tl.load(cur_node_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int64)
+    first, count = _edges(row_ptrs_ptr, node, num_nodes, max_branches)
+    count = tl.where(rows < num_rows, count, 0)
+    parts = tl.cdiv(parts - part % RUNS, RUNS)
+    part = part // RUNS
+    skip = begin * max_branches
+    _ids(logits_ptr + skip, next_ptr + skip, valid_ptr + skip, edges_ptr, edge_stride, first, count,
+         part, parts, size, max_branches, FEW, BLOCK_IDS)  # fmt: skip
+    # Offsets from the run's own rows fit 32 bits.
+    _pairs(a_ptr + begin * a_row, w_ptr, bias_ptr, logits_ptr + skip, edges_ptr, first, count, part,
+           parts, a_row, a_col, w_token, w_hidden, max_branches, HIDDEN, HAS_BIAS, FEW, PAIRS,
+           BLOCK_H)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_nodes", "max_branches"])
 def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_ptr, row_ptrs_ptr,
                    edges_ptr, cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col,
                    w_token, w_hidden, max_branches, width, HIDDEN: tl.constexpr,
                    HAS_BIAS: tl.constexpr, FILL: tl.constexpr, GROUP: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
-                   BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
+                   FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                   PAIRS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
                    BLOCK_FILL: tl.constexpr):  # fmt: skip
     """One of the programs of a group of rows: children, their nodes, fp32 logits, all (B, M).
 
@@ -200,7 +241,6 @@ def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_
     parts = tl.num_programs(0)
     begin = tl.program_id(1).to(tl.int64) * GROUP
     rows = begin + tl.arange(0, GROUP)
-    in_rows = rows < num_rows
     size = tl.minimum(num_rows - begin, GROUP)
     if FILL:
         share = tl.cdiv(tl.cdiv(size * width, parts), BLOCK_FILL) * BLOCK_FILL
@@ -208,21 +248,19 @@ def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_
         high = tl.minimum(low + share, (begin + size) * width)
         _fill(out_ptr, low, tl.maximum(high, low), BLOCK_FILL)
     node = tl.load(cur_node_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int64)
-    first, count = _edges(row_ptrs_ptr, node, num_nodes, max_branches)
-    count = tl.where(in_rows, count, 0)
-    # Offsets from the group's own rows fit 32 bits.
-    a_group = a_ptr + begin * a_row
-    skip = begin * max_branches
-    _ids(logits_ptr + skip, next_ptr + skip, valid_ptr + skip, edges_ptr, edge_stride, first,
-         count, part, parts, size, max_branches, GROUP, BLOCK_IDS)  # fmt: skip
     if tl.min(node, axis=0) == tl.max(node, axis=0):
-        _tiles(a_group, w_ptr, bias_ptr, logits_ptr + skip, edges_ptr + tl.max(first, axis=0),
-               tl.max(count, axis=0), size, part, parts, a_row, a_col, w_token, w_hidden,
+        first, count = _edges(row_ptrs_ptr, tl.max(node, axis=0), num_nodes, max_branches)
+        _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count, begin,
+                    part, parts, size, max_branches, BLOCK_IDS)  # fmt: skip
+        # Offsets from the group's own rows fit 32 bits.
+        _tiles(a_ptr + begin * a_row, w_ptr, bias_ptr, logits_ptr + begin * max_branches,
+               edges_ptr + first, count, size, part, parts, a_row, a_col, w_token, w_hidden,
                max_branches, HIDDEN, HAS_BIAS, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
     else:
-        _pairs(a_group, w_ptr, bias_ptr, logits_ptr + skip, edges_ptr, first, count, part, parts,
-               a_row, a_col, w_token, w_hidden, max_branches, HIDDEN, HAS_BIAS, GROUP, PAIRS,
-               BLOCK_H)  # fmt: skip
+        _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
+                   cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
+                   max_branches, begin, part, parts, HIDDEN, HAS_BIAS, GROUP // FEW, FEW, PAIRS,
+                   BLOCK_H, BLOCK_IDS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_nodes", "max_branches"])

@@ -31,12 +31,12 @@ class NearestSettings:
         half: of the halves; Triton's interpreter knows no bfloat16.
     """
 
-    rows: int = 128
+    rows: int = 64
     codes: int = 128
     dims: int = 32
-    warps: int = 8
-    stages: int = 3
-    programs_per_sm: int = 1
+    warps: int = 4
+    stages: int = 2
+    programs_per_sm: int = 2
     look_codes: int = 64
     look_dims: int = 32
     half: torch.dtype = torch.bfloat16
@@ -44,11 +44,9 @@ class NearestSettings:
 
 def settings_for(num_rows: int, multiprocessors: int) -> NearestSettings:
     """Few rows: smaller tiles, so that more of the device has something to do."""
-    if num_rows > 64 * multiprocessors:
+    if num_rows > 32 * multiprocessors:
         return NearestSettings()
-    if num_rows > 16 * multiprocessors:
-        return NearestSettings(rows=64, warps=4, programs_per_sm=2)
-    return NearestSettings(rows=16, dims=64, warps=4, programs_per_sm=2)
+    return NearestSettings(rows=16, codes=256, dims=64, warps=8)
 
 
 def fits(x: Tensor, codebook: Tensor) -> bool:
@@ -69,7 +67,7 @@ def launch_nearest(
     """Residual codes of ``x`` in one pass.
 
     Args:
-        x: (B, D), B > 0.
+        x: (B, D), B > 0; what is not float32 is converted first.
         codebooks: (L, K, D).
         exact: look again, in float64, where rounding could have decided.
         with_distance: also sum the squared differences; for one level.
@@ -78,7 +76,8 @@ def launch_nearest(
     Returns:
         int64 (B, L), and float32 (B,), whose values mean something with ``with_distance`` only.
     """
-    x, codebooks = x.contiguous(), codebooks.contiguous()
+    # Every number of 16 bits is one of float32 too.
+    x, codebooks = x.float().contiguous(), codebooks.float().contiguous()
     levels, num_codes, dim = codebooks.shape
     if settings is None:
         settings = settings_for(x.shape[0], _multiprocessors(x.device))

@@ -22,6 +22,7 @@ from rectokens.kernels.optional_triton import tl, triton
 _UNIT = tl.constexpr(2.0**-24)
 _TINY = tl.constexpr(2.0**-126)
 _NO_CODE = tl.constexpr(2147483647)
+_LAST = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -74,15 +75,24 @@ def _scores(x_base, in_rows, high_base, low_base, inside, squares, DIM: tl.const
 
 
 @triton.jit
-def _three_least(low, code):
-    """Of each row of `low`: the least with its code, the second with its code, and the third."""
-    first = tl.min(low, axis=1)
-    first_code = tl.min(tl.where(low == first[:, None], code[None, :], _NO_CODE), axis=1)
-    low = tl.where(code[None, :] == first_code[:, None], float("inf"), low)
-    second = tl.min(low, axis=1)
-    second_code = tl.min(tl.where(low == second[:, None], code[None, :], _NO_CODE), axis=1)
-    low = tl.where(code[None, :] == second_code[:, None], float("inf"), low)
-    return first, first_code, second, second_code, tl.min(low, axis=1)
+def _ordered(value):
+    """int32 in the order of float32 numbers."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number(order):
+    """The float32 number of `_ordered`."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _merge(a1, a2, a3, b1, b2, b3):
+    """The three least of two ascending threes, ascending."""
+    third = tl.minimum(tl.minimum(a3, tl.maximum(a2, b1)), tl.minimum(tl.maximum(a1, b2), b3))
+    second = tl.minimum(tl.minimum(a2, tl.maximum(a1, b1)), b2)
+    return tl.minimum(a1, b1), second, third
 
 
 @triton.jit
@@ -102,25 +112,36 @@ def _candidates(x_ptr, local, in_rows, high_ptr, low_ptr, squares_ptr, num_codes
             x = tl.load(x_base + d[None, :], mask=mask, other=0.0).to(tl.float32)
             reach += tl.sum(x * x, axis=1)
         reach = by_lengths * tl.sqrt(reach)
-    best = tl.full((BLOCK_B,), float("inf"), tl.float32)
-    second = tl.full((BLOCK_B,), float("inf"), tl.float32)
-    third = tl.full((BLOCK_B,), float("inf"), tl.float32)
+    # Scores in the order of integers, their last bits replaced by the place in the tile of codes,
+    # so that minima carry their codes along; cut off downwards, they still are lower bounds.
+    last_bits: tl.constexpr = BLOCK_N - 1
+    place = tl.arange(0, BLOCK_N)
+    best = tl.full((BLOCK_B,), _LAST, tl.int32)
+    second = tl.full((BLOCK_B,), _LAST, tl.int32)
+    third = tl.full((BLOCK_B,), _LAST, tl.int32)
     best_code = tl.full((BLOCK_B,), 0, tl.int32)
     second_code = tl.full((BLOCK_B,), 0, tl.int32)
     for start in range(0, num_codes, BLOCK_N):
-        code = start + tl.arange(0, BLOCK_N)
+        code = start + place
         inside = code < num_codes
-        place = code.to(tl.int64)[None, :] * DIM
+        skip = code.to(tl.int64)[None, :] * DIM
         square = tl.load(squares_ptr + code, mask=inside, other=0.0)
-        low = _scores(x_base, in_rows, high_ptr + place, low_ptr + place, inside,
+        low = _scores(x_base, in_rows, high_ptr + skip, low_ptr + skip, inside,
                       square * (1.0 - by_square) - slack if EXACT else square,
                       DIM, BLOCK_B, BLOCK_N, BLOCK_D)  # fmt: skip
         if EXACT:
             low -= reach[:, None] * tl.sqrt(square)[None, :]
             # What overflowed can be anything.
             low = tl.where(low < float("inf"), low, float("-inf"))
-            low = tl.where(inside[None, :], low, float("inf"))
-            first, first_code, next_, next_code, last = _three_least(low, code)
+        else:
+            low = tl.where(low == low, low, float("inf"))
+        key = (_ordered(low) & ~last_bits) | place[None, :]
+        key = tl.where(inside[None, :], key, _LAST)
+        if EXACT:
+            none = tl.full((BLOCK_B, BLOCK_N), _LAST, tl.int32)
+            first, next_, last = tl.reduce((key, none, none), 1, _merge)
+            first_code, next_code = start + (first & last_bits), start + (next_ & last_bits)
+            first, next_, last = first & ~last_bits, next_ & ~last_bits, last & ~last_bits
             better = first < best
             ahead, behind = tl.where(better, next_, second), tl.where(better, best, first)
             ahead_code = tl.where(better, next_code, second_code)
@@ -133,21 +154,24 @@ def _candidates(x_ptr, local, in_rows, high_ptr, low_ptr, squares_ptr, num_codes
             second_code = tl.where(behind < ahead, behind_code, ahead_code)
             second = tl.minimum(behind, ahead)
         else:
-            low = tl.where(inside[None, :] & (low == low), low, float("inf"))
-            first = tl.min(low, axis=1)
-            first_code = tl.min(tl.where(low == first[:, None], code[None, :], _NO_CODE), axis=1)
+            first = tl.min(key, axis=1)
+            first_code = start + (first & last_bits)
+            first = first & ~last_bits
             better = first < best
         best_code = tl.where(better, first_code, best_code)
         best = tl.minimum(best, first)
-    undecided = in_rows & (best != best)
+    undecided = in_rows & (best_code < 0)
     several = undecided
     if EXACT:
         square = tl.load(squares_ptr + best_code, mask=in_rows, other=0.0)
         error = reach * tl.sqrt(square) + by_square * square + slack
-        upper = best + 2.0 * error
-        known = (best > float("-inf")) & (best < float("inf"))
-        undecided = in_rows & ((second > upper) & known == 0)
-        several = in_rows & ((third > upper) & known == 0)
+        # Minus infinity without its last bits is no number: nothing is known then.
+        least = _number(best)
+        upper = least + tl.abs(least) * (BLOCK_N * 2.0**-23) + 2.0 * error
+        upper = tl.where((least > float("-inf")) & (upper < float("inf")), upper, float("inf"))
+        limit = _ordered(upper)
+        undecided = in_rows & (second <= limit)
+        several = in_rows & (third <= limit)
     return best_code, second_code, undecided, several
 
 

@@ -21,6 +21,7 @@ from rectokens.kernels.optional_triton import tl, triton
 SLOT_BITS = 20
 _SLOT_MASK = tl.constexpr((1 << SLOT_BITS) - 1)
 _NO_KEY = tl.constexpr(-(1 << 63))
+_INT_MIN = tl.constexpr(-(1 << 31))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 _FAR = tl.constexpr(-1e308)
 _LOW31 = tl.constexpr(0x7FFFFFFF)
@@ -64,13 +65,8 @@ def gumbel_of(seed, row, token):
 def gumbel_of_bits(bits):
     """Standard Gumbel noise, float64, from 64 mixed bits."""
     uniform = ((bits >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.0**-52
-    # log1p(-u) by the logarithm of the rounded 1 - u, put right by how far that is from 1
-    # (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991).
-    rounded = 1.0 - uniform
-    gap = 1.0 - rounded
-    ratio = uniform / tl.where(gap == 0.0, 1.0, gap)
-    log1p = tl.where(gap == 0.0, -uniform, tl.log(rounded) * ratio)
-    return -tl.log(-log1p)
+    # An odd number of 2^-53 below 1, so that 1 - u is exact, and so is its logarithm near 1.
+    return -tl.log(-tl.log(1.0 - uniform))
 
 
 @triton.jit
@@ -117,14 +113,50 @@ def _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW: tl.c
 
 
 @triton.jit
-def _largest(keys, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The K largest of [BLOCK] keys, descending."""
+def _threshold(values, live, wanted, lowest: tl.constexpr):
+    """The `wanted`-th largest of int32 values where `live`; `lowest` where fewer are."""
+    found = tl.full((), lowest, tl.int32)
+    # Bit by bit from the highest: is the answer in the upper half of what is left?
+    for bit in range(31, -1, -1):
+        # 2^31 wraps the lowest number to 0, which is the middle.
+        middle = found + (tl.full((), 1, tl.int32) << bit)
+        enough = tl.sum((live & (values >= middle)).to(tl.int32), axis=0) >= wanted
+        found = tl.where(enough, middle, found)
+    return found
+
+
+@triton.jit
+def _largest(keys, kept_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The K largest of [BLOCK] keys that differ, descending; `kept` (K,) is this program's own.
+
+    A threshold is searched for on the upper halves of the keys, then on the lower halves of those
+    that are equal in the upper ones, if not all of them are wanted; what reaches it is gathered and
+    sorted.
+    """
     if K == 1:
         best = tl.zeros((1,), tl.int64) + tl.max(keys, axis=0)
     elif K == BLOCK:
         best = tl.sort(keys, descending=True)
-    else:
+    elif BLOCK < 4 * K or BLOCK < 256:
         best = tl.topk(keys, K)
+    else:
+        live = keys != _NO_KEY
+        upper = (keys >> 32).to(tl.int32)
+        least = _threshold(upper, live, K, _INT_MIN)
+        taken = live & (upper > least)
+        equal = live & (upper == least)
+        left = K - tl.sum(taken.to(tl.int32), axis=0)
+        if tl.sum(equal.to(tl.int32), axis=0) > left:
+            # Unsigned order is signed order with the highest bit turned.
+            lower = (keys & 0xFFFFFFFF).to(tl.int32) ^ _INT_MIN
+            equal = equal & (lower >= _threshold(lower, equal, left, _INT_MIN))
+        taken = taken | equal
+        place = tl.arange(0, K)
+        tl.store(kept_ptr + place, tl.full((K,), _NO_KEY, tl.int64))
+        tl.debug_barrier()
+        tl.store(kept_ptr + tl.cumsum(taken.to(tl.int32), axis=0) - 1, keys, mask=taken)
+        tl.debug_barrier()
+        best = tl.sort(tl.load(kept_ptr + place), descending=True)
     return best
 
 
@@ -149,7 +181,7 @@ def _emit(best, row, peak, log_sum, temperature, logits_ptr, next_ptr, valid_ptr
 
 @triton.jit(do_not_specialize=["max_branches", "k", "temperature_stride"])
 def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, out_logits_ptr,
-                  out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k,
+                  out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, kept_ptr, max_branches, k,
                   temperature_stride, DRAW: tl.constexpr, K: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     """Choices of one row of at most BLOCK slots: four outputs (B, k)."""
@@ -164,9 +196,9 @@ def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, ou
     peak = _peak(clean)
     log_sum = tl.log(tl.sum(tl.exp(_scores(clean, peak, temperature)), axis=0))
     keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW)
-    _emit(_largest(keys, K, BLOCK), row, peak, log_sum, temperature, logits_ptr, next_ptr,
-          valid_ptr, out_logits_ptr, out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr,
-          max_branches, k, K)  # fmt: skip
+    best = _largest(keys, kept_ptr + row * K, K, BLOCK)
+    _emit(best, row, peak, log_sum, temperature, logits_ptr, next_ptr, valid_ptr, out_logits_ptr,
+          out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k, K)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["max_branches", "temperature_stride"])
@@ -207,8 +239,11 @@ def part_kernel(logits_ptr, valid_ptr, temperature_ptr, seed_ptr, stats_ptr, key
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     peak = tl.load(stats_ptr + row * 2)
     keys = _keys(_clean(logit, live), live, peak, slot, token, row, temperature, seed_ptr, DRAW)
-    out = keys_ptr + (row * tl.num_programs(1) + part) * K + tl.arange(0, K)
-    tl.store(out, _largest(keys, K, BLOCK))
+    out_at = keys_ptr + (row * tl.num_programs(1) + part) * K
+    best = _largest(keys, out_at, K, BLOCK)
+    # Every thread has read what was gathered there.
+    tl.debug_barrier()
+    tl.store(out_at + tl.arange(0, K), best)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -218,8 +253,11 @@ def merge_kernel(keys_ptr, out_ptr, count, K: tl.constexpr, BLOCK: tl.constexpr)
     part = tl.program_id(1)
     place = part * BLOCK + tl.arange(0, BLOCK)
     keys = tl.load(keys_ptr + row * count + place, mask=place < count, other=_NO_KEY)
-    out = out_ptr + (row * tl.num_programs(1) + part) * K + tl.arange(0, K)
-    tl.store(out, _largest(keys, K, BLOCK))
+    out_at = out_ptr + (row * tl.num_programs(1) + part) * K
+    best = _largest(keys, out_at, K, BLOCK)
+    # Every thread has read what was gathered there.
+    tl.debug_barrier()
+    tl.store(out_at + tl.arange(0, K), best)
 
 
 @triton.jit(do_not_specialize=["max_branches", "k", "temperature_stride"])

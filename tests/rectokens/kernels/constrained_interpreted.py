@@ -117,10 +117,12 @@ def compare(name, shape, vocab, rows, step, kind, dtype, seed, settings, k=3, he
     return same(got, wanted, exact=False)
 
 
-SMALL = launch.LinearSettings(group=4, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32)
+SMALL = launch.LinearSettings(
+    group=4, few=2, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32
+)
 FORMS = {
     "gather and shared": launch.LinearSettings(
-        product_share=2.0, group=4, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32
+        product_share=2.0, group=4, few=2, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32
     ),
     "product": launch.LinearSettings(product_share=0.0),
     "chosen": SMALL,
@@ -156,6 +158,28 @@ def long_rows(results):
             settings = (SMALL, launch.SelectSettings(block=block))
             results[f"{name}/parts/{k}"] = compare(
                 name, "uniform", 300, 2, 0, "one", torch.float32, 2 * k + 1, settings, k
+            )
+
+
+def gathered(results):
+    """Long rows with many equal logits, of which those past a threshold are gathered."""
+    trie = random_trie("all children", 300, None)
+    g = torch.Generator().manual_seed(4)
+    bias = torch.randint(4, (300,), generator=g).float()
+    tables = (trie.row_ptrs, trie.stacked_cols_vals, torch.tensor([0, -1]), 300)
+    for name, extra in (("topk", ()), ("sampling", (torch.tensor(3),))):
+        for k, heat, block in ((2, 0.0, 256), (20, 1.0, 512), (64, 0.5, 256), (100, 0.0, 512)):
+            args = (torch.zeros(2, 3), torch.zeros(3, 300), bias, *tables, k)
+            args = (*args, torch.full((1, 1), heat), *extra)
+            got = launch.launch_choice(
+                *args[:3],
+                launch.Trie.of(*tables[:3]),
+                *args[6:],
+                settings=SMALL,
+                select=launch.SelectSettings(block),
+            )
+            results[f"gathered/{name}/{k}/{block}"] = same(
+                got, getattr(ops, f"_{name}")(*args), exact=False
             )
 
 
@@ -231,7 +255,7 @@ def noise(results):
 
 def main() -> None:
     results: dict[str, str] = {}
-    for part in (noise, not_finite, registered, forms, long_rows):
+    for part in (noise, not_finite, registered, forms, long_rows, gathered):
         part(results)
     json.dump(results, sys.stdout)
 

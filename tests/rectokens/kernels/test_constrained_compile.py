@@ -88,6 +88,7 @@ def cuobjdump(option, cubin):
 def test_project(tmp_path, dtype, fill, slots):
     chosen = DEFAULT_LINEAR
     constants = {"HIDDEN": 1024, "HAS_BIAS": True, "FILL": fill, "GROUP": chosen.group,
+                 "FEW": chosen.few,
                  "BLOCK_M": slots, "BLOCK_K": 64 if dtype == "bf16" else 32,
                  "PAIRS": chosen.pairs, "BLOCK_H": chosen.pairs_hidden, "BLOCK_IDS": 256,
                  "BLOCK_FILL": chosen.fill}  # fmt: skip
