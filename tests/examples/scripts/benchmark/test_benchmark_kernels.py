@@ -7,8 +7,11 @@ import torch
 
 from examples.scripts.benchmark import (
     benchmark_constrained_serving,
+    benchmark_first_call,
     benchmark_fused_sample,
     benchmark_nn_quantize,
+    benchmark_residual_quantize,
+    benchmark_trie_build,
     benchmark_vtnk,
     kernel_timing,
 )
@@ -27,6 +30,9 @@ SMALL = {
         *("--rows", "5", "--hiddens", "8", "--vocab", "60", "--nodes", "20", "--most", "9"),
         *("--topk", "3"),
     ],
+    benchmark_residual_quantize: ["--batches", "40", "--dims", "8", "--codes", "12"],
+    benchmark_trie_build: ["--items", "4000", "--repeats", "1"],
+    benchmark_first_call: ["--hidden", "16", "--vocab", "64", "--most", "8"],
 }
 
 
@@ -90,6 +96,39 @@ def test_serving(tmp_path):
     (lines,) = run(benchmark_constrained_serving, tmp_path)
     assert [line["algorithm"] for line in lines] == ["fused", "topk", "sample", "sparse_pytorch"]
     assert all(float(line["floor_ms"]) > 0 and line["M"] == "9" for line in lines)
+
+
+def test_residual_quantize(tmp_path):
+    ((line,),) = run(benchmark_residual_quantize, tmp_path)
+    assert (line["B"], line["K"], line["L"]) == ("40", "12", "4")
+    assert float(line["ms_one_pass"]) > 0
+    assert float(line["agreement_cdist"]) > 0.9
+
+
+def test_residual_quantize_times_nothing_that_differs(tmp_path, monkeypatch):
+    def wrong(x, books):
+        return torch.zeros(x.shape[0], books.shape[0], dtype=torch.long)
+
+    monkeypatch.setattr(benchmark_residual_quantize, "residual_quantize_fwd", wrong)
+    with pytest.raises(RuntimeError, match="differ"):
+        run(benchmark_residual_quantize, tmp_path)
+
+
+def test_trie_build(tmp_path):
+    ((line,),) = run(benchmark_trie_build, tmp_path)
+    assert line["items"] == "4000"
+    assert float(line["median_s"]) > 0
+    # At least a code an item, at most the 8 bytes of an edge a level.
+    assert 4 < float(line["bytes_per_item"]) < 64
+
+
+def test_first_call(tmp_path):
+    (lines,) = run(benchmark_first_call, tmp_path)
+    assert [line["op"] for line in lines] == [
+        *("constrained_node_transition", "fused_linear_constrained_node_transition"),
+        *("rank_children", "draw_children", "quantize_fwd", "residual_quantize_fwd"),
+    ]
+    assert all(float(line["again_s"]) > 0 for line in lines)
 
 
 def test_the_grids_of_the_contract():
