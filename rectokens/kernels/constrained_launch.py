@@ -37,7 +37,9 @@ class LinearSettings:
         group: consecutive rows that share programs, and a product where they stand at one node.
         slots: of a tile of that product.
         few: consecutive rows that share programs where they do not; divides ``group``.
+        depth: hidden columns of a step of it; twice as many of 16 bits.
         pairs, pairs_hidden: tile of the dot products of other rows.
+        ahead: steps of those that are loaded at a time.
         programs: programs that fill the device a few times over.
         fill: entries of a row filled at a time.
         registers: most a thread may have, so that more programs fit a multiprocessor.
@@ -46,9 +48,11 @@ class LinearSettings:
     product_share: float = 0.25
     group: int = 64
     slots: int = 64
+    depth: int = 32
     few: int = 16
     pairs: int = 16
     pairs_hidden: int = 256
+    ahead: int = 1
     programs: int = 1056
     fill: int = 2048
     registers: int | None = None
@@ -63,7 +67,10 @@ class SelectSettings:
     block: int = 2048
 
 
-DEFAULT_LINEAR = LinearSettings()
+# Rows at one node with many children: large tiles of a product, each weight row read less often.
+WIDE = LinearSettings()
+# Else smaller ones, in fewer registers: more programs wait for memory at once.
+FINE = LinearSettings(group=16, slots=32)
 DEFAULT_SELECT = SelectSettings()
 
 
@@ -87,6 +94,11 @@ class Trie:
     def num_nodes(self) -> int:
         """Entries of ``row_ptrs``."""
         return self.row_ptrs.shape[0]
+
+
+def settings_for(num_rows: int, max_branches: int) -> LinearSettings:
+    """Tile shapes by what is known without asking the device where rows stand."""
+    return WIDE if max_branches >= 1024 and num_rows * max_branches >= 1 << 20 else FINE
 
 
 def transition_fits(logits: Tensor) -> bool:
@@ -152,10 +164,11 @@ def launch_linear(
     stacked_cols_vals: Tensor,
     cur_node: Tensor,
     max_branches: int,
-    settings: LinearSettings = DEFAULT_LINEAR,
+    settings: LinearSettings | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Child logits while rows (B, V) are filled, then children put in their places."""
     trie = Trie.of(row_ptrs, stacked_cols_vals, cur_node)
+    settings = settings or settings_for(a.shape[0], max_branches)
     if _whole_product(max_branches, b, settings):
         dense = product(a, b, bias)
         return launch_transition(dense, row_ptrs, stacked_cols_vals, cur_node, max_branches)
@@ -188,7 +201,7 @@ def launch_choice(
     k: int,
     temperature: Tensor,
     seed: Tensor | None = None,
-    settings: LinearSettings = DEFAULT_LINEAR,
+    settings: LinearSettings | None = None,
     select: SelectSettings = DEFAULT_SELECT,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The k best children, or k draws where there is a seed; nothing of the size (B, V)."""
@@ -203,9 +216,10 @@ def child_logits(
     bias: Tensor | None,
     trie: Trie,
     max_branches: int,
-    settings: LinearSettings = DEFAULT_LINEAR,
+    settings: LinearSettings | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Child nodes, tokens int64 and logits float32, all (B, M); -1 and -inf in empty slots."""
+    settings = settings or settings_for(a.shape[0], max_branches)
     if not _whole_product(max_branches, b, settings):
         return _project(a, b, bias, trie, max_branches, settings)
     num_rows = a.shape[0]
@@ -254,7 +268,7 @@ def _project(
     parts = max(triton.cdiv(settings.programs, groups), triton.cdiv(max_branches, slots))
     parts = max(settings.group // settings.few, min(parts, settings.programs))
     with _on(a.device):
-        kernels.project_kernel[(parts, groups)](
+        kernels.project_kernel[(parts * groups,)](
             a,
             b,
             b if bias is None else bias,
@@ -266,6 +280,7 @@ def _project(
             trie.edges,
             trie.cur_node,
             num_rows,
+            parts,
             trie.num_nodes,
             trie.edges.stride(0),
             a.stride(0),
@@ -280,8 +295,9 @@ def _project(
             GROUP=settings.group,
             FEW=settings.few,
             BLOCK_M=slots,
-            BLOCK_K=32 if wide else 64,
+            BLOCK_K=settings.depth * (1 if wide else 2),
             PAIRS=settings.pairs,
+            AHEAD=settings.ahead,
             BLOCK_H=min(settings.pairs_hidden, triton.next_power_of_2(hidden)),
             BLOCK_IDS=min(256, max(16, triton.next_power_of_2(max_branches))),
             BLOCK_FILL=settings.fill,

@@ -169,7 +169,8 @@ def _tiles(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, count, size, part, par
 @triton.jit
 def _pairs(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, first, count, part, parts, a_row, a_col,
            w_token, w_hidden, max_branches, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-           GROUP: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+           GROUP: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr,
+           BLOCK_H: tl.constexpr):  # fmt: skip
     """Logits of every `parts`-th run of PAIRS (row, child) pairs of a group, by dot products."""
     local = tl.arange(0, GROUP)
     done = tl.cumsum(count, axis=0)
@@ -187,7 +188,7 @@ def _pairs(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, first, count, part, pa
         a_base = a_ptr + row[:, None] * a_row
         w_base = w_ptr + token[:, None] * w_token
         acc = tl.zeros((PAIRS, BLOCK_H), tl.float32)
-        for h_start in range(0, HIDDEN, BLOCK_H):
+        for h_start in tl.range(0, HIDDEN, BLOCK_H, num_stages=AHEAD):
             h = h_start + tl.arange(0, BLOCK_H)
             mask = live[:, None]
             if HIDDEN % BLOCK_H != 0:
@@ -205,8 +206,8 @@ def _pairs(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, first, count, part, pa
 def _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
                cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
                max_branches, begin, part, parts, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-               RUNS: tl.constexpr, FEW: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
-               BLOCK_IDS: tl.constexpr):  # fmt: skip
+               RUNS: tl.constexpr, FEW: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr,
+               BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr):  # fmt: skip
     """A group of rows at several nodes, in runs of FEW rows; parts >= RUNS, so each has its own."""
     begin += (part % RUNS) * FEW
     size = tl.minimum(num_rows - begin, FEW)
@@ -222,24 +223,23 @@ def _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs
     # Offsets from the run's own rows fit 32 bits.
     _pairs(a_ptr + begin * a_row, w_ptr, bias_ptr, logits_ptr + skip, edges_ptr, first, count, part,
            parts, a_row, a_col, w_token, w_hidden, max_branches, HIDDEN, HAS_BIAS, FEW, PAIRS,
-           BLOCK_H)  # fmt: skip
+           AHEAD, BLOCK_H)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_nodes", "max_branches"])
+@triton.jit(do_not_specialize=["num_rows", "parts", "num_nodes", "max_branches"])
 def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_ptr, row_ptrs_ptr,
-                   edges_ptr, cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col,
+                   edges_ptr, cur_node_ptr, num_rows, parts, num_nodes, edge_stride, a_row, a_col,
                    w_token, w_hidden, max_branches, width, HIDDEN: tl.constexpr,
                    HAS_BIAS: tl.constexpr, FILL: tl.constexpr, GROUP: tl.constexpr,
                    FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                   PAIRS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
-                   BLOCK_FILL: tl.constexpr):  # fmt: skip
-    """One of the programs of a group of rows: children, their nodes, fp32 logits, all (B, M).
+                   PAIRS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_H: tl.constexpr,
+                   BLOCK_IDS: tl.constexpr, BLOCK_FILL: tl.constexpr):  # fmt: skip
+    """One of the `parts` programs of a group of rows: children, nodes, fp32 logits, all (B, M).
 
     FILL: also its share of -inf into the group's rows of `out` (B, width).
     """
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    begin = tl.program_id(1).to(tl.int64) * GROUP
+    part = tl.program_id(0) % parts
+    begin = (tl.program_id(0) // parts).to(tl.int64) * GROUP
     rows = begin + tl.arange(0, GROUP)
     size = tl.minimum(num_rows - begin, GROUP)
     if FILL:
@@ -260,7 +260,7 @@ def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_
         _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
                    cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
                    max_branches, begin, part, parts, HIDDEN, HAS_BIAS, GROUP // FEW, FEW, PAIRS,
-                   BLOCK_H, BLOCK_IDS)  # fmt: skip
+                   AHEAD, BLOCK_H, BLOCK_IDS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_nodes", "max_branches"])

@@ -7,7 +7,7 @@ size compiles nothing.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -42,11 +42,12 @@ class NearestSettings:
     half: torch.dtype = torch.bfloat16
 
 
-def settings_for(num_rows: int, multiprocessors: int) -> NearestSettings:
+def settings_for(num_rows: int, levels: int, multiprocessors: int) -> NearestSettings:
     """Few rows: smaller tiles, so that more of the device has something to do."""
     if num_rows > 32 * multiprocessors:
-        return NearestSettings()
-    return NearestSettings(rows=16, codes=256, dims=64, warps=8)
+        return NearestSettings() if levels > 1 else NearestSettings(codes=256)
+    few = NearestSettings(rows=16, codes=256, dims=64, warps=8)
+    return few if levels > 1 else replace(few, codes=512, programs_per_sm=1)
 
 
 def fits(x: Tensor, codebook: Tensor) -> bool:
@@ -80,7 +81,7 @@ def launch_nearest(
     x, codebooks = x.float().contiguous(), codebooks.float().contiguous()
     levels, num_codes, dim = codebooks.shape
     if settings is None:
-        settings = settings_for(x.shape[0], _multiprocessors(x.device))
+        settings = settings_for(x.shape[0], levels, _multiprocessors(x.device))
     tiles = triton.cdiv(x.shape[0], settings.rows)
     programs = min(tiles, settings.programs_per_sm * _multiprocessors(x.device))
     high, low = (torch.empty_like(codebooks, dtype=settings.half) for _ in range(2))

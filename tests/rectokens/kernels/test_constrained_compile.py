@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from rectokens.kernels import constrained_triton as constrained
 from rectokens.kernels import nearest_triton as nearest
 from rectokens.kernels import selection_triton as selection
-from rectokens.kernels.constrained_launch import DEFAULT_LINEAR
+from rectokens.kernels.constrained_launch import FINE, WIDE
 from rectokens.kernels.nearest_launch import settings_for
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -30,10 +30,10 @@ WRITE_FLOAT32 = (
     constrained.project_kernel,
     constrained.place_kernel,
 )
-WIDE = ("edge_stride", "a_row", "w_token", "source_row")
+INT64 = ("edge_stride", "a_row", "w_token", "source_row")
 
 
-def code_of(kernel, tmp_path, dtype, constants, **options):
+def code_of(kernel, tmp_path, dtype, constants, may_spill=0, **options):
     """Machine code, after the checks that all kernels must pass."""
 
     def kind(name):
@@ -45,7 +45,7 @@ def code_of(kernel, tmp_path, dtype, constants, **options):
             return "*bf16"
         if name in DATA or (name == "out_ptr" and kernel is constrained.spread_kernel):
             return f"*{dtype}"
-        return "*i64" if name.endswith("_ptr") else "i64" if name in WIDE else "i32"
+        return "*i64" if name.endswith("_ptr") else "i64" if name in INT64 else "i32"
 
     signature = {name: kind(name) for name in kernel.arg_names}
     place = kernel.arg_names.index
@@ -55,7 +55,7 @@ def code_of(kernel, tmp_path, dtype, constants, **options):
         if name in signature:
             signature[name] = "constexpr"
             constexprs[(place(name),)] = 1
-    aligned = [name for name in signature if name.endswith("_ptr") or name in WIDE]
+    aligned = [name for name in signature if name.endswith("_ptr") or name in INT64]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -70,7 +70,7 @@ def code_of(kernel, tmp_path, dtype, constants, **options):
     registers = re.search(r"REG:(\d+)", usage).group(1)
     print(f"{kernel.__name__} {dtype}: {registers} registers, {compiled.metadata.shared} bytes "
           f"shared, {stack + local} spilled")  # fmt: skip
-    assert stack + local == 0, usage
+    assert stack + local <= may_spill, usage
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT
     return cuobjdump("-sass", cubin)
 
@@ -82,14 +82,21 @@ def cuobjdump(option, cubin):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fill", "slots"),
-    [("bf16", False, 64), ("fp32", False, 64), ("bf16", True, 64), ("fp32", True, 16)],
+    ("dtype", "fill", "chosen", "slots"),
+    [
+        ("bf16", False, WIDE, 64),
+        ("fp32", True, WIDE, 64),
+        ("bf16", False, FINE, 32),
+        ("bf16", True, FINE, 32),
+        ("fp32", False, FINE, 32),
+        ("fp32", True, FINE, 16),
+    ],
 )
-def test_project(tmp_path, dtype, fill, slots):
-    chosen = DEFAULT_LINEAR
+def test_project(tmp_path, dtype, fill, chosen, slots):
     constants = {"HIDDEN": 1024, "HAS_BIAS": True, "FILL": fill, "GROUP": chosen.group,
                  "FEW": chosen.few,
-                 "BLOCK_M": slots, "BLOCK_K": 64 if dtype == "bf16" else 32,
+                 "BLOCK_M": slots,
+                 "BLOCK_K": chosen.depth * (2 if dtype == "bf16" else 1), "AHEAD": chosen.ahead,
                  "PAIRS": chosen.pairs, "BLOCK_H": chosen.pairs_hidden, "BLOCK_IDS": 256,
                  "BLOCK_FILL": chosen.fill}  # fmt: skip
     code = code_of(constrained.project_kernel, tmp_path, dtype, constants,
@@ -141,11 +148,13 @@ def test_long_rows(tmp_path):
     [(1, 1_000, True), (4, 5_000, True), (1, 65_536, True), (4, 65_536, True), (1, 65_536, False)],
 )
 def test_nearest(tmp_path, levels, rows, exact):
-    chosen = settings_for(rows, 132)
+    chosen = settings_for(rows, levels, 132)
     constants = {"LEVELS": levels, "DIM": 256, "EXACT": exact, "WITH_DISTANCE": False,
                  "BLOCK_B": chosen.rows, "BLOCK_N": chosen.codes, "BLOCK_D": chosen.dims,
                  "LOOK_N": chosen.look_codes, "LOOK_D": chosen.look_dims}  # fmt: skip
-    code = code_of(nearest.nearest_kernel, tmp_path, "fp32", constants, num_warps=chosen.warps,
+    # The widest tiles spill a few registers between products; smaller ones without were slower.
+    code = code_of(nearest.nearest_kernel, tmp_path, "fp32", constants,
+                   24 if levels == 1 else 0, num_warps=chosen.warps,
                    num_stages=chosen.stages)  # fmt: skip
     assert ("HGMMA" if chosen.rows >= 64 else "HMMA") in code
 
