@@ -113,6 +113,34 @@ def _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW: tl.c
 
 
 @triton.jit
+def _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr):
+    """The key of one draw, [1]; only its slot and whether it is _NO_KEY mean anything.
+
+    In float32 first: where only one child is within rounding of the largest, it is the one that
+    float64 would find. Else, which is rare, float64 decides.
+    """
+    drawn = hash_of(tl.load(seed_ptr), row, token) >> 12
+    uniform = drawn.to(tl.int64).to(tl.float32) * 2.0**-52 + 2.0**-53
+    other = (((1 << 52) - drawn.to(tl.int64)).to(tl.float32) - 0.5) * 2.0**-52
+    # -log(1 - u): by its series where 1 - u is near 1. Off by a few 2^-22 of 2^-5 at most.
+    series = uniform * (0.25 + uniform * 0.2)
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0 + series)))
+    gap = tl.where(uniform < 2.0**-5, series, -tl.log(other))
+    shifted = _scores(clean, peak, temperature)
+    noisy = shifted - tl.log(gap)
+    error = 2.0**-13 - shifted * 2.0**-20
+    least = tl.max(tl.where(live, noisy - error, float("-inf")), axis=0)
+    near = live & (noisy + error >= least)
+    decided = tl.sum(near.to(tl.int32), axis=0) == 1
+    if (temperature > 0) & decided & (tl.abs(peak) < 2.0**60) & (least > -(2.0**60)):
+        best = tl.sum(tl.where(near, slot, 0), axis=0).to(tl.int64) ^ _SLOT_MASK
+    else:
+        keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, True)
+        best = tl.max(keys, axis=0)
+    return tl.zeros((1,), tl.int64) + best
+
+
+@triton.jit
 def _threshold(values, live, wanted, lowest: tl.constexpr):
     """The `wanted`-th largest of int32 values where `live`; `lowest` where fewer are."""
     found = tl.full((), lowest, tl.int32)
@@ -195,8 +223,11 @@ def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, ou
     clean = _clean(logit, live)
     peak = _peak(clean)
     log_sum = tl.log(tl.sum(tl.exp(_scores(clean, peak, temperature)), axis=0))
-    keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW)
-    best = _largest(keys, kept_ptr + row * K, K, BLOCK)
+    if DRAW and K == 1:
+        best = _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr)
+    else:
+        keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW)
+        best = _largest(keys, kept_ptr + row * K, K, BLOCK)
     _emit(best, row, peak, log_sum, temperature, logits_ptr, next_ptr, valid_ptr, out_logits_ptr,
           out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k, K)  # fmt: skip
 

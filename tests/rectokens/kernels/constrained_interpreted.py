@@ -183,6 +183,20 @@ def gathered(results):
             )
 
 
+def single_draws(results):
+    """One draw a row: float32 decides most of them, float64 the rest, and nobody can tell which."""
+    trie = random_trie("all children", 40, None)
+    g = torch.Generator().manual_seed(6)
+    tables = (trie.row_ptrs, trie.stacked_cols_vals, torch.zeros(80, dtype=torch.long), 40)
+    for heat, spread in ((0.1, 1.0), (1.0, 0.0), (5.0, 1000.0)):
+        bias = torch.randn(40, generator=g) * spread
+        args = (torch.zeros(80, 3), torch.zeros(3, 40), bias, *tables, 1)
+        args = (*args, torch.full((1, 1), heat), torch.tensor(5))
+        trie_of = launch.Trie.of(*tables[:3])
+        got = launch.launch_choice(*args[:3], trie_of, *args[6:], settings=SMALL)
+        results[f"single draws/{heat}"] = same(got, ops._sampling(*args), exact=False)
+
+
 def registered(results):
     """What is registered for CUDA, on tensors of the CPU: kernels, PyTorch past their bounds."""
     settings = (None, launch.DEFAULT_SELECT)
@@ -255,7 +269,7 @@ def noise(results):
 
 def main() -> None:
     results: dict[str, str] = {}
-    for part in (noise, not_finite, registered, forms, long_rows, gathered):
+    for part in (noise, not_finite, registered, forms, long_rows, gathered, single_draws):
         part(results)
     json.dump(results, sys.stdout)
 
