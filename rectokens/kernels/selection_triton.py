@@ -65,8 +65,13 @@ def gumbel_of(seed, row, token):
 def gumbel_of_bits(bits):
     """Standard Gumbel noise, float64, from 64 mixed bits."""
     uniform = ((bits >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.0**-52
-    # An odd number of 2^-53 below 1, so that 1 - u is exact, and so is its logarithm near 1.
-    return -tl.log(-tl.log(1.0 - uniform))
+    # log1p(-u) by the logarithm of the rounded 1 - u, put right by how far that is from 1
+    # (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991).
+    rounded = 1.0 - uniform
+    gap = 1.0 - rounded
+    ratio = uniform / tl.where(gap == 0.0, 1.0, gap)
+    log1p = tl.where(gap == 0.0, -uniform, tl.log(rounded) * ratio)
+    return -tl.log(-log1p)
 
 
 @triton.jit
