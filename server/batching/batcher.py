@@ -88,6 +88,8 @@ class Batcher:
         self._prefetcher = Prefetcher(self._lock, self._room, self._decide)
         self._running: list[Place] = []
         self._running_rows = 0
+        # When the last batch ended, if it left somebody waiting.
+        self._queue_since_s: float | None = None
         self._stopping = False
         self._dead = False
         self._thread: threading.Thread | None = None
@@ -264,6 +266,7 @@ class Batcher:
                 if not self._room.queued:
                     # Everybody it was made for has left; it would keep their release in memory.
                     self._prefetcher.take()
+                    self._queue_since_s = None
                 self._changed.wait_for(lambda: self._room.queued or self._stopping)
                 if self._stopping:
                     return [], None
@@ -314,17 +317,18 @@ class Batcher:
 
         whole = run_batch(batch, prepared, deliver, self._observer, is_live)
         with self._lock:
+            now = self._clock()
             if whole and complete:
-                self._record(batch, started, self._clock())
+                shape = BatchShape()
+                for place in batch:
+                    shape = shape.with_request(place.work.waiting.prompt_tokens, place.beam_rows)
+                self._cost.record(shape, now - started, now)
+            # Whoever waits behind a batch waits however it ends, and for what lies between two.
+            begun = started if self._queue_since_s is None else self._queue_since_s
+            full = self._room.queued > 0
+            self._throughput.record(self._running_rows, now - begun, now, full=full)
+            self._queue_since_s = now if full else None
             self._running, self._running_rows = [], 0
-
-    def _record(self, batch: Sequence[Place], started_s: float, now_s: float) -> None:
-        seconds = now_s - started_s
-        shape = BatchShape()
-        for place in batch:
-            shape = shape.with_request(place.work.waiting.prompt_tokens, place.beam_rows)
-        self._cost.record(shape, seconds, now_s)
-        self._throughput.record(self._running_rows, seconds, now_s, full=self._room.queued > 0)
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import weakref
 from collections import Counter
@@ -413,6 +414,29 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(make_b
         pass
     release.engine.gate.set()
     await asyncio.gather(head, *tasks)
+
+
+async def test_batches_whose_callers_gave_up_tell_how_slow_the_engine_is(make_batcher, release):
+    """Or an overloaded service would go on letting in whom it cannot answer."""
+    batcher, engine = make_batcher(), release.engine
+    await ask(batcher, release)  # takes no time
+    done = len(engine.batches)
+    engine.gate.clear()
+    gave_up = asyncio.create_task(ask(batcher, release, timeout_s=0.05))
+    await begun(engine, done + 1)
+    waits = asyncio.create_task(ask(batcher, release))
+    (error,) = await asyncio.gather(gave_up, return_exceptions=True)
+    assert error.kind is ErrorKind.DEADLINE_EXCEEDED
+    await asyncio.sleep(0.3)
+    second = threading.Event()
+    engine.on_search = lambda requests: second.wait(30) if len(engine.batches) > done + 1 else None
+    engine.gate.set()
+    await begun(engine, done + 2)
+    with pytest.raises(ServiceError) as refused:
+        batcher.admit(10, time.monotonic() + 0.25)
+    assert refused.value.kind is ErrorKind.DEADLINE_UNREACHABLE
+    second.set()
+    await waits
 
 
 async def test_an_idle_engine_takes_a_request_however_slow_it_was(make_batcher, release):

@@ -27,6 +27,21 @@ def test_batches_that_left_somebody_waiting_tell_the_rate_under_load():
     assert throughput.rows_per_s(31.5) == pytest.approx(250.0)
 
 
+def test_a_queue_that_has_become_slower_counts_as_it_is_now():
+    throughput = Throughput()
+    for second in range(20):
+        throughput.record(1_000, 0.5, now_s=float(second), full=True)
+    for second in range(20, 24):
+        throughput.record(1_000, 2.0, now_s=float(second), full=True)
+    assert throughput.rows_per_s(24.0) == pytest.approx(500.0)
+    assert throughput.batch_seconds(24.0) == pytest.approx(2.0)
+    # One that has become faster is believed in time.
+    for second in range(24, 28):
+        throughput.record(1_000, 0.1, now_s=float(second), full=True)
+    assert 1_000 < throughput.rows_per_s(28.0) < 2_000
+    assert throughput.batch_seconds(28.0) == pytest.approx(0.5)
+
+
 def test_no_batch_under_load_takes_no_time():
     throughput = Throughput()
     throughput.record(10, 1.0, now_s=0.0)
