@@ -302,6 +302,12 @@ class ProxySettings(_Group):
     encode_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that turn prompts into embeddings."
     )
+    encoded_table_mib: int = Field(
+        default=512,
+        ge=0,
+        description="Memory that compressed embeddings of tokens seen may take, so that the next "
+        "prompt finds them; where the whole vocabulary would take more, none are kept.",
+    )
 
     @field_validator("embedding_bits")
     @classmethod

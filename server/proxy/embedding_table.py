@@ -42,11 +42,11 @@ class EmbeddingTable:
         """H."""
         return self.weight.shape[1]
 
-    def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """What the layer gives for token ids (T,): (T, H) in the dtype of the table.
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raise if there are no ids, or one that is no row.
 
         Raises:
-            ValueError: no ids, or one that is no row.
+            ValueError: names the id.
         """
         if not token_ids:
             raise ValueError("the prompt has no tokens; the model needs at least one")
@@ -54,6 +54,14 @@ class EmbeddingTable:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is not one of the model's 0 to {self.vocab_size - 1}")
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """What the layer gives for token ids (T,): (T, H) in the dtype of the table.
+
+        Raises:
+            ValueError: no ids, or one that is no row.
+        """
+        self.check(token_ids)
         rows = nn.functional.embedding(torch.tensor(token_ids), self.weight)
         # In the table's dtype, the factor rounded to it first: as the layer does it.
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale).to(rows.dtype)

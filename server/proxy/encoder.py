@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rectokens.prompt_embeds import dump_payload, dump_tensor
-from rectokens.turboquant import codec_for, encode_embeddings, warmup_encode
+from rectokens.turboquant import codec_for, warmup_encode
 from server.proxy.embedding_table import EmbeddingTable
+from server.proxy.encoded_table import EncodedTable
 from server.proxy.errors import ProxyError
 
 
@@ -37,13 +38,18 @@ class EmbedsEncoder:
         table: the model's input embeddings.
         compression: ``none`` or ``turboquant``.
         bits: bits an element when compressed.
+        max_encoded_bytes: most that encoded rows, kept for the next prompt, may take.
 
     Raises:
         ProxyError: embeddings of a size that cannot be compressed.
     """
 
     def __init__(
-        self, table: EmbeddingTable, compression: Literal["none", "turboquant"], bits: int
+        self,
+        table: EmbeddingTable,
+        compression: Literal["none", "turboquant"],
+        bits: int,
+        max_encoded_bytes: int = 0,
     ) -> None:
         self.table = table
         self._bits = bits
@@ -57,6 +63,7 @@ class EmbedsEncoder:
                 f"hidden size {table.hidden_size} cannot be compressed ({error}); "
                 "set embedding_compression to none"
             ) from error
+        self._rows = EncodedTable(table, bits, self._codec, max_encoded_bytes)
 
     def warm_up(self) -> None:
         """Prepare for the first prompt."""
@@ -70,11 +77,12 @@ class EmbedsEncoder:
             ValueError: no ids, or one that the model does not have.
         """
         started = time.perf_counter()
-        embeds = self.table.embed(token_ids)
+        hidden_size = self.table.hidden_size
         if self._codec is None:
-            data = dump_tensor(embeds)
+            data = dump_tensor(self.table.embed(token_ids))
         else:
-            packed, norms = encode_embeddings(embeds, self._bits, codec=self._codec)
-            data = dump_payload(packed, norms, self._bits, self.table.hidden_size, self._codec)
-        plain_bytes = -(-embeds.numel() * embeds.element_size() // 3) * 4
-        return EncodedPrompt(data, len(embeds), plain_bytes, time.perf_counter() - started)
+            packed, norms = self._rows.encode(token_ids)
+            data = dump_payload(packed, norms, self._bits, hidden_size, self._codec)
+        row_bytes = hidden_size * self.table.weight.element_size()
+        plain_bytes = -(-len(token_ids) * row_bytes // 3) * 4
+        return EncodedPrompt(data, len(token_ids), plain_bytes, time.perf_counter() - started)

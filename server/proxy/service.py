@@ -181,7 +181,10 @@ def load_proxy(settings: Settings, model: Path | None, catalog: Path | None) -> 
         raise ProxyError(f"{model} is no model folder: it has no config.json")
     proxy = settings.proxy
     encoder = EmbedsEncoder(
-        open_embedding_table(model), proxy.embedding_compression, proxy.embedding_bits
+        open_embedding_table(model),
+        proxy.embedding_compression,
+        proxy.embedding_bits,
+        proxy.encoded_table_mib << 20,
     )
     encoder.warm_up()
     loaded = Proxy(proxy, load_prompts(model, catalog), encoder)

@@ -285,7 +285,12 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
             named = {f"proxy.{k}": v for k, v in flags.items()}
             settings = load_settings({"proxy.upstream": url or upstream.url, **named})
             chosen = settings.proxy
-            encoder = EmbedsEncoder(table, chosen.embedding_compression, chosen.embedding_bits)
+            encoder = EmbedsEncoder(
+                table,
+                chosen.embedding_compression,
+                chosen.embedding_bits,
+                chosen.encoded_table_mib << 20,
+            )
             proxy = Proxy(chosen, prompts[catalog], encoder)
             base = await stack.enter_async_context(serving(create_proxy_app(settings, proxy)))
             client = await stack.enter_async_context(
