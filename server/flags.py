@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -95,6 +95,8 @@ def shown_default(field: SettingField) -> str:
         return "unset"
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
     return str(default)
 
 
@@ -122,6 +124,8 @@ def _negated(flag: str) -> str:
 
 
 def _metavar(field: SettingField) -> str:
+    if get_origin(field.info.annotation) is tuple:
+        return "TEXT"
     types = {field.info.annotation, *get_args(field.info.annotation)}
     for kind, metavar in ((Path, "DIR"), (int, "INT"), (float, "NUM")):
         if kind in types:

@@ -27,6 +27,7 @@ from server.engine.types import EngineFault, SearchEngine
 from server.heap import pass_over_imports
 
 if TYPE_CHECKING:
+    from server.engine.device.engine import DeviceEngine
     from server.engine.engine import Engine
     from server.settings import Settings
 
@@ -184,11 +185,13 @@ def _created_s(manifest: Manifest) -> int:
 
 def _load_model(
     settings: Settings, model: ModelArtifact, text_tokenizer: Any
-) -> tuple[Engine, PromptBuilder]:
+) -> tuple[Engine | DeviceEngine, PromptBuilder]:
     """The model on its device, and the prompt builder that its recipe names."""
     # Here, because transformers takes seconds that a refused release should not cost.
     from transformers.utils import logging as transformers_logging
 
+    from server.engine.device.buckets import Buckets
+    from server.engine.device.engine import DeviceOptions
     from server.engine.loading import load_engine
     from server.engine.pool_setup import PoolOptions
 
@@ -198,18 +201,22 @@ def _load_model(
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     prompts = prompt_builder(model.spec.prompt, model.spec.item_tokens, text_tokenizer)
-    memory_mib = settings.engine.kv_memory_mib
+    given = settings.engine
+    memory_mib = given.kv_memory_mib
     pool = PoolOptions(
         memory_bytes=None if memory_mib is None else memory_mib << 20,
-        page_tokens=settings.engine.kv_page_tokens,
+        page_tokens=given.kv_page_tokens,
         model_version=model.manifest.version,
+        keep=given.prefix_cache,
     )
+    buckets = Buckets(given.captured_requests, given.captured_beam_widths, given.captured_rows)
     engine = load_engine(
         model.path,
         model.spec.item_tokens,
         device=settings.device,
         dtype=settings.dtype,
-        pool=pool if settings.engine.prefix_cache else None,
+        pool=pool,
+        device_options=DeviceOptions(buckets, capture=given.capture),
     )
     return engine, prompts
 

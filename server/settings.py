@@ -230,8 +230,43 @@ class EngineSettings(_Group):
         default=16,
         ge=16,
         multiple_of=16,
-        description="Tokens in a page of keys and values; prompts are kept by whole pages.",
+        description="Tokens in a page of keys and values; prompts are kept by whole pages. On a "
+        "GPU at least 64.",
     )
+    capture: bool = Field(
+        default=True,
+        description="Whether searches are captured in CUDA graphs when the first catalog is "
+        "warmed up. No effect on a CPU.",
+    )
+    captured_requests: Annotated[tuple[int, ...], NoDecode] = Field(
+        default=(1, 2, 4, 8, 16, 32),
+        description="Numbers of requests that searches are captured for, ascending, separated by "
+        "commas. A batch between two of them leaves places empty.",
+    )
+    captured_beam_widths: Annotated[tuple[int, ...], NoDecode] = Field(
+        default=(64, 256, 1_024),
+        description="Beam widths that searches are captured for, ascending, separated by commas. "
+        "A width between two of them costs as much as the larger; one above all of them is "
+        "searched uncaptured.",
+    )
+    captured_rows: int = Field(
+        default=4_096,
+        ge=1,
+        description="Most beams of a captured search, all requests together; bounds the memory "
+        "of captured searches.",
+    )
+
+    @field_validator("captured_requests", "captured_beam_widths", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _split_commas(value)
+
+    @field_validator("captured_requests", "captured_beam_widths")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)) or (value and not 1 <= value[0] <= value[-1] <= 8_192):
+            raise ValueError(f"{value} must be distinct, ascending, and from 1 to 8192")
+        return value
 
 
 class HttpSettings(_Group):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,25 +11,21 @@ import torch
 from torch import Tensor
 
 from rectokens.decoding.beam_step import Beams, StepOptions, beam_step
-from rectokens.decoding.device_prefixes import DevicePrefixes
 from rectokens.decoding.filters import BatchFilters
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
-from server.engine.positions import max_positions
+from server.engine.base import LEFT, EngineBase
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import DecodeSession, Runner
 from server.engine.selection import collect_results
 from server.engine.types import (
     BatchOutcome,
-    EngineBrokenError,
     EngineFault,
     HasLeft,
     PrefixCacheStats,
     nobody_left,
 )
-
-_LEFT = EngineFault("its caller has left")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,7 @@ class PreparedBatch:
     options: StepOptions
 
 
-class Engine:
+class Engine(EngineBase):
     """A loaded model that searches catalogs. Not thread-safe: one thread owns it.
 
     Args:
@@ -66,29 +61,8 @@ class Engine:
     """
 
     def __init__(self, model: Any, item_tokens: ItemTokens, runner: Runner) -> None:
+        super().__init__(model, item_tokens)
         self._runner = runner
-        self._item_tokens = item_tokens
-        self.device: torch.device = model.device
-        self._prefixes = DevicePrefixes(self.device)
-        # Copies made for the next batch shall not queue behind the kernels of the running one.
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._vocab_size, self._hidden_size = map(int, model.get_input_embeddings().weight.shape)
-        self._max_prompt_tokens = max_positions(model.config) - item_tokens.num_levels + 1
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Longest prompt it takes; the generated positions are already set aside."""
-        return self._max_prompt_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """V, rows of the input embeddings."""
-        return self._vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """H of the input embeddings that a prompt may be given as."""
-        return self._hidden_size
 
     @property
     def prefix_cache(self) -> PrefixCacheStats | None:
@@ -110,14 +84,7 @@ class Engine:
         Raises:
             ValueError: a trie that does not fit the model, or a filter of another catalog.
         """
-        if (trie.num_levels, trie.codebook_size) != (
-            self._item_tokens.num_levels,
-            self._item_tokens.codebook_size,
-        ):
-            raise ValueError(
-                f"the catalog has {trie.num_levels} levels of {trie.codebook_size} codes; the "
-                f"model has {self._item_tokens.num_levels} of {self._item_tokens.codebook_size}"
-            )
+        self._check_trie(trie)
         faults = tuple(self._prompt_fault(request) for request in requests)
         rows = tuple(row for row, fault in enumerate(faults) if fault is None)
         sound = tuple(requests[row] for row in rows)
@@ -193,7 +160,7 @@ class Engine:
         for depth in range(trie.num_levels):
             left = [was or has_left(row) for was, row in zip(left, batch.rows, strict=True)]
             if all(left):
-                return [_LEFT] * len(requests), prefilled - started, time.perf_counter() - prefilled
+                return [LEFT] * len(requests), prefilled - started, time.perf_counter() - prefilled
             if any(left):
                 beams = _without(beams, left)
             step = beam_step(
@@ -207,25 +174,8 @@ class Engine:
             if depth + 1 < trie.num_levels:
                 level = session.advance(parents, chosen, depth + 1, with_vocab_norm=with_vocab_norm)
         results = collect_results(requests, trie, beams, codes, code_scores)
-        results = tuple(_LEFT if gone else r for gone, r in zip(left, results, strict=True))
+        results = tuple(LEFT if gone else r for gone, r in zip(left, results, strict=True))
         return results, prefilled - started, time.perf_counter() - prefilled
-
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """Copies made within are complete afterwards, whatever the engine is running."""
-        if self._copies is None:
-            yield
-            return
-        with torch.cuda.stream(self._copies):
-            yield
-        self._copies.synchronize()
-
-    def _require_device(self, error: torch.AcceleratorError) -> None:
-        """Raise EngineBrokenError if the error is of the kind that no later call survives."""
-        try:
-            torch.zeros(1, device=self.device).item()
-        except torch.AcceleratorError:
-            raise EngineBrokenError(str(error)) from error
 
     def _width(self, alive: Tensor, width: int) -> int:
         """Slots worth running: on a CPU, where looking is free, only as many as are alive."""
@@ -234,26 +184,6 @@ class Engine:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _prompt_fault(self, request: SearchRequest) -> EngineFault | None:
-        if request.prompt_length > self._max_prompt_tokens:
-            return EngineFault(
-                f"prompt has {request.prompt_length} tokens; "
-                f"the model takes {self._max_prompt_tokens}"
-            )
-        if request.prompt_embeds is not None:
-            found = request.prompt_embeds.shape[1]
-            if found == self._hidden_size:
-                return None
-            return EngineFault(
-                f"prompt_embeds have hidden size {found}; the model's is {self._hidden_size}"
-            )
-        low, high = min(request.prompt), max(request.prompt)
-        if low < 0 or high >= self._vocab_size:
-            return EngineFault(
-                f"prompt has token ids {low} to {high}; allowed are 0 to {self._vocab_size - 1}"
-            )
-        return None
 
 
 def _without(beams: Beams, left: Sequence[bool]) -> Beams:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from rectokens.schemas.item_tokens import ItemTokens
+from server.engine.device.build import build_device_engine
+from server.engine.device.engine import DeviceEngine, DeviceOptions
 from server.engine.engine import Engine
 from server.engine.pool_setup import PoolOptions, attach_pool
 from server.engine.prompt_leases import Prompts
@@ -27,7 +29,8 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     pool: PoolOptions | None = None,
-) -> Engine:
+    device_options: DeviceOptions | None = None,
+) -> Engine | DeviceEngine:
     """Load a Hugging Face model folder and make an engine of it.
 
     Args:
@@ -37,6 +40,8 @@ def load_engine(
         dtype: ``auto`` (float32 on a CPU, as saved on CUDA), ``float32``, ``bfloat16`` or
             ``float16``.
         pool: of earlier prompts; None keeps none.
+        device_options: of the engine for devices, which is tried first on CUDA; None for its
+            defaults.
 
     Raises:
         ValueError: a folder that holds no causal LM, or one the item tokens do not fit.
@@ -58,11 +63,24 @@ def load_engine(
         )
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{model_dir} holds no causal LM that can be loaded: {error}") from error
-    return build_engine(model.to(device), item_tokens, pool)
+    on_cuda = torch.device(device).type == "cuda"
+    return build_engine(model.to(device), item_tokens, pool, device_options if on_cuda else None)
 
 
-def build_engine(model: Any, item_tokens: ItemTokens, pool: PoolOptions | None = None) -> Engine:
+def build_engine(
+    model: Any,
+    item_tokens: ItemTokens,
+    pool: PoolOptions | None = None,
+    device_options: DeviceOptions | None = None,
+) -> Engine | DeviceEngine:
     """An engine around a model that is loaded and on its device.
+
+    Args:
+        model: the causal LM.
+        item_tokens: where the item tokens lie in its vocabulary.
+        pool: of earlier prompts; None keeps none.
+        device_options: of the engine for devices, which is tried first on CUDA; given on a CPU,
+            it is tried there too.
 
     Raises:
         ValueError: the vocabulary ends before the item tokens do, or the pool's memory holds not
@@ -75,10 +93,33 @@ def build_engine(model: Any, item_tokens: ItemTokens, pool: PoolOptions | None =
         raise ValueError(
             f"item token ids reach {last}; the model's vocabulary has {vocab_size} entries"
         )
+    if device_options is None and model.device.type == "cuda":
+        device_options = DeviceOptions()
+    if device_options is not None:
+        engine = _device_engine(model, item_tokens, pool, device_options)
+        if engine is not None:
+            return engine
     runner = choose_runner(model, item_tokens)
-    if pool is not None and isinstance(runner, SharedContextRunner):
+    if pool is not None and pool.keep and isinstance(runner, SharedContextRunner):
         attach_pool(runner, pool, _TOLERANCE[model.dtype])
     return Engine(model, item_tokens, runner)
+
+
+def _device_engine(
+    model: Any, item_tokens: ItemTokens, pool: PoolOptions | None, options: DeviceOptions
+) -> DeviceEngine | None:
+    """The engine for devices where it gives the model's own logits, else None."""
+    if not _layer_types(model) <= _ATTENTION_LAYERS or model.dtype not in _TOLERANCE:
+        return None
+    with torch.inference_mode():
+        expected = _probe(PerBeamRunner(model, item_tokens), item_tokens, model)
+
+    def probe(runner: Runner) -> torch.Tensor:
+        return _probe(runner, item_tokens, model)
+
+    return build_device_engine(
+        model, item_tokens, pool, options, probe, expected, _TOLERANCE[model.dtype]
+    )
 
 
 def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
@@ -89,7 +130,7 @@ def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
     short prompts and three beams through both runners.
     """
     per_beam = PerBeamRunner(model, item_tokens)
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    layer_types = _layer_types(model)
     if not layer_types <= _ATTENTION_LAYERS:
         names = ", ".join(sorted(layer_types - _ATTENTION_LAYERS))
         logger.info("the model has %s layers: every beam gets a cache of its own", names)
@@ -135,6 +176,10 @@ def _probe(runner: Runner, item_tokens: ItemTokens, model: Any) -> torch.Tensor:
         assert level.vocab_log_norm is not None
         parts += [level.logits.flatten(), level.vocab_log_norm.flatten()]
     return torch.cat(parts)
+
+
+def _layer_types(model: Any) -> set[str]:
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
 def _unwrap(model: Any) -> Any:

@@ -31,11 +31,14 @@ class PoolOptions:
         memory_bytes: for keys and values; None for what suits the device.
         page_tokens: positions in a page, a multiple of 16.
         model_version: of the model; a cache never outlives it.
+        keep: False keeps nothing from batch to batch; an engine whose attention reads pages
+            needs the memory all the same.
     """
 
     memory_bytes: int | None = None
     page_tokens: int = PAGE_ALIGNMENT
     model_version: str = ""
+    keep: bool = True
 
 
 def pool_bytes(options: PoolOptions, device: torch.device) -> int:

@@ -59,7 +59,16 @@ def test_every_setting_is_an_environment_variable(monkeypatch, field):
     if field.path == "admin.keys":
         assert "k" not in repr(found).replace("SecretStr", "")
         found = tuple(key.get_secret_value() for key in found)
-    assert str(found) in (value, f"('{value}',)")
+    assert str(found) in (value, f"('{value}',)", f"({value},)")
+
+
+def test_captured_shapes_are_numbers_between_commas(monkeypatch):
+    monkeypatch.setenv("RECTOKENS_ENGINE__CAPTURED_REQUESTS", "1, 3,24")
+    assert load_settings().engine.captured_requests == (1, 3, 24)
+    for wrong in ("3,1", "0,1", "2,2", "1,9000"):
+        monkeypatch.setenv("RECTOKENS_ENGINE__CAPTURED_REQUESTS", wrong)
+        with pytest.raises(SettingsError, match="distinct, ascending, and from 1 to 8192"):
+            load_settings()
 
 
 @pytest.mark.parametrize("field", list(setting_fields()), ids=lambda field: field.path)

@@ -69,7 +69,9 @@ def rotations(results):
                 rotary = pieces.RotaryTable(angles.cos().to(dtype), angles.sin().to(dtype))
                 positions = torch.randint(0, 50, (19,), generator=g)
                 given = None
-                if kind != "none":
+                if kind == "none":
+                    positions = positions[:1].expand(19)  # as beams of one request have it
+                else:
                     weights = torch.randn(2, dim, generator=g).to(dtype)
                     given = tuple(pieces.Norm(w, 1e-6, kind == "offset") for w in weights)
                 pages = -(-40 // page_size)

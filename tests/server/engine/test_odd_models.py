@@ -11,6 +11,8 @@ from rectokens.decoding.catalog_search import ReferenceSearch
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
+from server.engine.device.engine import DeviceOptions
+from server.engine.engine import Engine
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.positions import max_positions
@@ -106,6 +108,7 @@ def test_a_window_that_is_in_the_mask_only_is_found_out() -> None:
             shared_expert_intermediate_size=16,
         )
     )
+    assert isinstance(build_engine(model, TOKENS, None, DeviceOptions()), Engine)
     engine = build_engine(model, TOKENS)
     assert isinstance(engine._runner, PerBeamRunner)
     asked = request(40)

@@ -1,0 +1,332 @@
+"""The engine for devices: prompts packed over pages, the search captured, one wait a batch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rectokens.decoding.device_beams import SearchAnswers, unpack_answers
+from rectokens.decoding.device_tables import MAX_WIDTH
+from rectokens.schemas.catalog_trie import CatalogTrie
+from rectokens.schemas.search import SearchHit, SearchRequest, SearchResult, Shortfall
+from server.engine.base import LEFT, EngineBase
+from server.engine.device.buckets import Buckets, group_requests
+from server.engine.device.model import DeviceModel
+from server.engine.device.prompt_passes import DEFAULT_ROWS, PromptPasses
+from server.engine.device.prompt_rows import Ints, PromptSlice
+from server.engine.device.searches import Searches
+from server.engine.device.timer import Timer
+from server.engine.kv_pool import pages_for
+from server.engine.prefix_cache import OutOfPagesError, PrefixCache
+from server.engine.prompt_leases import PromptLeases, split_by_pages
+from server.engine.types import BatchOutcome, EngineFault, HasLeft, PrefixCacheStats, nobody_left
+
+logger = logging.getLogger(__name__)
+
+Answer = SearchResult | EngineFault
+_TABLE_STEP = 16  # page tables are as wide as a multiple of this
+_MAX_PROMPTS = 32  # of a captured pass
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """What is captured.
+
+    Attributes:
+        buckets: searches.
+        prompt_rows: passes over prompts, by rows.
+        capture: False runs everything uncaptured, through the same code.
+    """
+
+    buckets: Buckets = field(default_factory=Buckets)
+    prompt_rows: tuple[int, ...] = DEFAULT_ROWS
+    capture: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A batch before its turn.
+
+    Attributes:
+        requests: the sound ones, their filters on the device.
+        rows: place of each in the batch.
+        faults: one a request of the batch, None for the sound ones.
+        trie: the catalog.
+        num_items: N of it.
+        tokens: int32 (T,) a sound request.
+    """
+
+    requests: tuple[SearchRequest, ...]
+    rows: tuple[int, ...]
+    faults: tuple[EngineFault | None, ...]
+    trie: CatalogTrie
+    num_items: int
+    tokens: tuple[Ints, ...]
+
+
+class DeviceEngine(EngineBase):
+    """Searches catalogs with a model whose layers mix positions by attention alone.
+
+    One thread runs batches; another may prepare the next one meanwhile.
+
+    Args:
+        model: the causal LM, on its device.
+        device_model: what runs it in passes.
+        cache: of the pool's pages.
+        options: what is captured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device_model: DeviceModel,
+        cache: PrefixCache,
+        options: DeviceOptions | None = None,
+    ) -> None:
+        super().__init__(model, device_model.item_tokens)
+        options = options or DeviceOptions()
+        pool = device_model.pool
+        self._max_prompt_tokens = min(self._max_prompt_tokens, pool.num_pages * pool.page_size)
+        self._model = device_model
+        self._cache = cache
+        self._buckets = options.buckets
+        pages = pages_for(self._max_prompt_tokens, pool.page_size)
+        pages = -(-pages // _TABLE_STEP) * _TABLE_STEP
+        capture = options.capture and device_model.capturable
+        self._searches = Searches(device_model, options.buckets, pages, capture=capture)
+        self._passes = PromptPasses(
+            device_model, options.prompt_rows, _MAX_PROMPTS, pages, capture=capture
+        )
+        self._passes.capture()
+        self._lock = threading.Lock()
+        self._sizes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    @property
+    def prefix_cache(self) -> PrefixCacheStats | None:
+        """What is kept of earlier prompts; None where nothing is. Any thread may read it."""
+        return self._cache.stats() if self._cache.enabled else None
+
+    def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
+        """Answer a batch: see :meth:`prepare` and :meth:`run`."""
+        return self.run(self.prepare(requests, trie))
+
+    def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DeviceBatch:
+        """Check a batch and copy its filters to the device. Any thread may, at any time.
+
+        Args:
+            requests: may differ in everything; the order of the answers is theirs.
+            trie: the catalog, on the engine's device.
+
+        Raises:
+            ValueError: a trie that does not fit the model, or a filter of another catalog.
+        """
+        self._check_trie(trie)
+        faults = tuple(
+            self._prompt_fault(request) or _width_fault(request.beam_width) for request in requests
+        )
+        rows = tuple(row for row, fault in enumerate(faults) if fault is None)
+        with self._copying():
+            num_items = self._num_items(trie)
+            sound = tuple(self._with_filters_here(requests[row], num_items) for row in rows)
+        return DeviceBatch(
+            requests=sound,
+            rows=rows,
+            faults=faults,
+            trie=trie,
+            num_items=num_items,
+            tokens=tuple(
+                np.asarray(r.prompt, dtype=np.int32)
+                if r.prompt_embeds is None
+                else np.zeros(r.prompt_length, dtype=np.int32)
+                for r in sound
+            ),
+        )
+
+    def run(self, prepared: DeviceBatch, has_left: HasLeft = nobody_left) -> BatchOutcome:
+        """Answer a prepared batch.
+
+        Args:
+            prepared: by this engine.
+            has_left: looked at before anything is computed: a captured search is not stopped.
+
+        Returns:
+            One result a request. A request that is at fault by itself gets an ``EngineFault``;
+            its neighbours are answered.
+
+        Raises:
+            EngineBrokenError: the device does not work any more.
+        """
+        results: list[Answer | None] = list(prepared.faults)
+        cached = [0] * len(results)
+        seconds = [0.0, 0.0]
+        left = [place for place, row in enumerate(prepared.rows) if has_left(row)]
+        for place in left:
+            results[prepared.rows[place]] = LEFT
+        wanted = [place for place in range(len(prepared.rows)) if place not in set(left)]
+        lengths = [prepared.requests[place].prompt_length for place in wanted]
+        pool = self._model.pool
+        try:
+            with self._lock, torch.inference_mode():
+                for part in split_by_pages(lengths, pool.page_size, pool.num_pages):
+                    places = [wanted[index] for index in part]
+                    answers, tokens, times = self._run(prepared, places)
+                    for place, answer, count in zip(places, answers, tokens, strict=True):
+                        row = prepared.rows[place]
+                        results[row], cached[row] = answer, count
+                    seconds = [a + b for a, b in zip(seconds, times, strict=True)]
+        except torch.AcceleratorError as error:
+            self._require_device(error)
+            raise
+        return BatchOutcome(
+            tuple(r for r in results if r is not None), seconds[0], seconds[1], tuple(cached)
+        )
+
+    def _run(
+        self, batch: DeviceBatch, places: Sequence[int]
+    ) -> tuple[list[Answer], list[int], tuple[float, float]]:
+        """Answers, cached tokens and seconds of requests whose prompts fit the pool together."""
+        requests = [batch.requests[place] for place in places]
+        prompts = [r.prompt if r.prompt_embeds is None else r.prompt_embeds for r in requests]
+        try:
+            leases = PromptLeases(self._cache, prompts, whole=True)
+        except OutOfPagesError as why:
+            return [EngineFault(str(why))] * len(requests), [0] * len(requests), (0.0, 0.0)
+        try:
+            self._searches.use(batch.trie)
+            timer = Timer(self.device)
+            hidden = self._passes(
+                [
+                    _slice_of(request, batch.tokens[place], lease.cached_tokens, lease.pages)
+                    for request, place, lease in zip(requests, places, leases.leases, strict=True)
+                ]
+            )
+            timer.mark()
+            waiting = self._enqueue(requests, batch, leases, hidden)
+            timer.mark()
+            prefill_s, decode_s = timer.wait()
+            answers = _collect(requests, waiting, batch.num_items)
+            leases.commit([isinstance(answer, SearchResult) for answer in answers])
+            return answers, leases.cached_tokens, (prefill_s, decode_s)
+        except Exception:
+            self._searches.forget()
+            raise
+        finally:
+            leases.close()
+
+    def _enqueue(
+        self,
+        requests: Sequence[SearchRequest],
+        batch: DeviceBatch,
+        leases: PromptLeases,
+        hidden: Tensor,
+    ) -> list[tuple[tuple[int, ...], Tensor, Any]]:
+        """Start the searches of all groups; their answers are on the host after one wait."""
+        waiting = []
+        widths = [request.beam_width for request in requests]
+        for group in group_requests(widths, self._buckets, MAX_WIDTH):
+            members = [requests[place] for place in group.members]
+            exclusions = sum(
+                0 if r.excluded_items is None else r.excluded_items.numel() for r in members
+            )
+            search, run = self._searches.of(group, batch.trie, exclusions)
+            own = [leases.leases[place] for place in group.members]
+            search.load(members, batch.num_items, own, group.members, hidden)
+            answers = run()
+            host = torch.empty_like(answers, device="cpu", pin_memory=answers.is_cuda)
+            host.copy_(answers, non_blocking=True)
+            waiting.append((group.members, host, search.table.shapes))
+        return waiting
+
+    def _num_items(self, trie: CatalogTrie) -> int:
+        """N, read from the device once a trie."""
+        known = self._sizes.get(id(trie.row_ptrs))
+        if known is not None and known[0]() is trie.row_ptrs:
+            return known[1]
+        self._sizes = {key: size for key, size in self._sizes.items() if size[0]() is not None}
+        num_items = trie.num_items
+        self._sizes[id(trie.row_ptrs)] = (weakref.ref(trie.row_ptrs), num_items)
+        return num_items
+
+    def _with_filters_here(self, request: SearchRequest, num_items: int) -> SearchRequest:
+        """The request with one constraint set, on the device, that is all it allows."""
+        prefix = request.allowed_prefix
+        if prefix is not None:
+            if prefix.shape != (num_items + 1,):
+                raise ValueError(
+                    f"allowed_prefix has shape {tuple(prefix.shape)}; "
+                    f"expected ({num_items + 1},) for a catalog of {num_items} items"
+                )
+            prefix = self._prefixes(prefix)
+        listed = request.allowed_items
+        if listed is not None:
+            if listed.numel() and not 0 <= int(listed[0]) <= int(listed[-1]) < num_items:
+                raise ValueError(
+                    f"allowed_items reach from {int(listed[0])} to {int(listed[-1])}; "
+                    f"the catalog has items 0 to {num_items - 1}"
+                )
+            marks = torch.zeros(num_items + 1, dtype=torch.int32, device=self.device)
+            marks[listed.to(self.device) + 1] = 1
+            if prefix is not None:
+                marks[1:] *= prefix.diff()
+            prefix = marks.cumsum(0, dtype=torch.int32)
+        return replace(request, allowed_prefix=prefix, allowed_items=None)
+
+
+def _width_fault(beam_width: int) -> EngineFault | None:
+    if beam_width <= MAX_WIDTH:
+        return None
+    return EngineFault(f"beam_width is {beam_width}; searches on a GPU take up to {MAX_WIDTH}")
+
+
+def _slice_of(
+    request: SearchRequest, tokens: Ints, cached: int, pages: Sequence[int]
+) -> PromptSlice:
+    embeds = request.prompt_embeds
+    return PromptSlice(
+        tokens=tokens[cached:],
+        start=cached,
+        pages=np.asarray(pages, dtype=np.int32),
+        is_end=True,
+        embeds=None if embeds is None else embeds[cached:],
+    )
+
+
+def _collect(
+    requests: Sequence[SearchRequest],
+    waiting: Sequence[tuple[tuple[int, ...], Tensor, Any]],
+    num_items: int,
+) -> list[Answer]:
+    answers: list[Answer] = [LEFT] * len(requests)
+    for members, host, shapes in waiting:
+        found = unpack_answers(host, shapes)
+        for row, place in enumerate(members):
+            answers[place] = _answer(requests[place], found, row, num_items)
+    return answers
+
+
+def _answer(request: SearchRequest, found: SearchAnswers, row: int, num_items: int) -> Answer:
+    if int(found.poisoned[row]):
+        return EngineFault("the model returned NaN or infinite logits")
+    count = min(int(found.item_count[row]), request.top_k)
+    items = found.items[row, :count].tolist()
+    slots = found.leaves[row, :count].tolist()
+    used = max(slots, default=-1) + 1
+    scores = found.scores[row, :used].tolist()
+    codes = [tuple(code) for code in found.codes[row, :used].tolist()]
+    parts = [tuple(part) for part in found.code_scores[row, :used].tolist()]
+    hits = tuple(
+        SearchHit(item, codes[slot], scores[slot], parts[slot])
+        for item, slot in zip(items, slots, strict=True)
+    )
+    if count == request.top_k:
+        return SearchResult(hits)
+    reason = "catalog_exhausted" if num_items < request.top_k else "filters"
+    return SearchResult(hits, Shortfall(reason, count))  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""A decoder of the common shape, run with its elementwise work fused.
+
+Layers of attention and a gated feed-forward block, each between root mean square norms; what Llama,
+Mistral, Qwen and Gemma have in common. Nothing here knows a model's name: weights and numbers come
+from :mod:`server.engine.device.recognition`, which reads them off a loaded model, and the result
+is compared with that model before it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from rectokens.ops.context_attention import ScoreRule
+from rectokens.ops.decoder_pieces import Norm, RotaryTable, add_norm_, gate, rotate_store_
+from server.engine.device.passes import ForwardPass, PromptPass
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A linear layer: (N, H) and (N,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, H) to (R, N)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer.
+
+    Attributes:
+        index: by which keys and values are stored.
+        query_heads: Hq.
+        attention_in: norm before attention.
+        qkv: queries, keys and values of all heads, side by side.
+        head_norms: norms of queries and keys over D, or None.
+        rotary: positions.
+        rule: of attention scores.
+        attention_out: projection after attention.
+        attention_out_norm: norm of what it gives, or None.
+        feed_in: norm before the feed-forward block.
+        gate_up: both projections, side by side.
+        activation: of the gate.
+        down: the third projection.
+        feed_out_norm: norm of what it gives, or None.
+    """
+
+    index: int
+    query_heads: int
+    attention_in: Norm
+    qkv: Projection
+    head_norms: tuple[Norm, Norm] | None
+    rotary: RotaryTable
+    rule: ScoreRule
+    attention_out: Projection
+    attention_out_norm: Norm | None
+    feed_in: Norm
+    gate_up: Projection
+    activation: str
+    down: Projection
+    feed_out_norm: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedDecoder:
+    """The decoder: embeddings in, normed hidden states out.
+
+    Attributes:
+        layers: in order.
+        final_norm: after the last.
+        embed_factor: that the model multiplies its embeddings by.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    final_norm: Norm
+    embed_factor: float = 1.0
+
+    def __call__(self, x: Tensor, rows: ForwardPass) -> Tensor:
+        """Run a pass.
+
+        Args:
+            x: (R, H), embeddings; overwritten.
+            rows: what they are.
+
+        Returns:
+            Hidden states (R, H); of a prompt pass those of its ``last_rows`` alone, (n, H).
+        """
+        if self.embed_factor != 1.0:
+            x *= self.embed_factor
+        residual = x
+        hidden = add_norm_(x, None, self.layers[0].attention_in)
+        for number, layer in enumerate(self.layers):
+            is_last = number + 1 == len(self.layers)
+            following = self.final_norm if is_last else self.layers[number + 1].attention_in
+            keys, values, slots = rows.target(layer.index)
+            query = rotate_store_(
+                layer.qkv(hidden),
+                rows.positions,
+                layer.rotary,
+                layer.head_norms,
+                keys,
+                values,
+                slots,
+                layer.query_heads,
+            )
+            if is_last and isinstance(rows, PromptPass):
+                # Nothing reads the last layer's output but at the ends of prompts.
+                mixed = rows.attend_last(layer.index, query, layer.rule)
+                residual = residual.index_select(0, rows.last_rows)
+            else:
+                mixed = rows.attend(layer.index, query, layer.rule)
+            added = layer.attention_out(mixed.flatten(1))
+            if layer.attention_out_norm is not None:
+                added = add_norm_(added, None, layer.attention_out_norm)
+            hidden = add_norm_(added, residual, layer.feed_in)
+            added = layer.down(gate(layer.gate_up(hidden), layer.activation))
+            if layer.feed_out_norm is not None:
+                added = add_norm_(added, None, layer.feed_out_norm)
+            hidden = add_norm_(added, residual, following)
+        return hidden

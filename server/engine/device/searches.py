@@ -1,0 +1,137 @@
+"""The searches of an engine: captured for its buckets, made on demand for anything else.
+
+A catalog that fits the shapes at hand is swapped in by writing a few pointers; nothing is captured
+again. One that has outgrown them gets searches of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rectokens.decoding.device_tables import MAX_WIDTH, StepShapes, TrieTable
+from rectokens.schemas.catalog_trie import CatalogTrie
+from server.engine.device.buckets import Buckets, Group
+from server.engine.device.graphs import CapturedCall, CaptureError
+from server.engine.device.model import DeviceModel
+from server.engine.device.passes import BeamKV
+from server.engine.device.search import Search
+
+logger = logging.getLogger(__name__)
+
+# Excluded items that a captured search has room for, for each of its requests. A batch with more
+# is searched uncaptured.
+EXCLUSIONS_A_REQUEST = 2_048
+
+Ready = tuple[Search, Callable[[], Tensor]]
+
+
+class Searches:
+    """Searches over one catalog at a time.
+
+    Args:
+        model: what runs their steps.
+        buckets: shapes that are captured.
+        pages: most pages of a prompt.
+        capture: whether to capture at all.
+    """
+
+    def __init__(self, model: DeviceModel, buckets: Buckets, pages: int, *, capture: bool) -> None:
+        self._model = model
+        self._buckets = buckets
+        self._pages = pages
+        self._capture = capture and model.device.type == "cuda"
+        self._trie: weakref.ref[Tensor] | None = None
+        self._tables: dict[int, TrieTable] = {}
+        self._loose: dict[int, TrieTable] = {}
+        self._ready: dict[tuple[int, int], Ready] = {}
+        self._beam_kv: BeamKV | None = None
+        if self._capture:
+            self._stream = torch.cuda.Stream(model.device)
+            self._memory = torch.cuda.graph_pool_handle()
+
+    def use(self, trie: CatalogTrie) -> None:
+        """Search ``trie`` from now on. The first time captures the searches, which takes seconds.
+
+        Waits for the device where the trie is another than before.
+        """
+        if self._trie is not None and self._trie() is trie.row_ptrs:
+            return
+        self._loose.clear()
+        for width in self._buckets.beam_widths:
+            self._load(trie, width)
+        self._trie = weakref.ref(trie.row_ptrs)
+        for batch, width in self._buckets.shapes():
+            if (batch, width) not in self._ready:
+                self._ready[batch, width] = self._make(batch, width)
+        if self._capture:
+            torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """Look at the trie again at the next use, whatever went wrong before."""
+        self._trie = None
+
+    def of(self, group: Group, trie: CatalogTrie, exclusions: int) -> Ready:
+        """A search for a group of requests, and the call that runs it.
+
+        Args:
+            group: of the batch.
+            trie: the one in use.
+            exclusions: excluded items of its requests together.
+        """
+        ready = self._ready.get((group.batch, group.width))
+        if ready is not None and exclusions <= ready[0].requests.max_exclusions:
+            return ready
+        table = self._tables.get(group.width) or self._loose.get(group.width)
+        if table is None:
+            table = TrieTable(trie, StepShapes.of(trie, group.width))
+            self._loose[group.width] = table
+        beam_kv = self._allocate(group.batch * group.width)
+        room = max(exclusions, EXCLUSIONS_A_REQUEST)
+        search = Search(self._model, table, group.batch, room, self._pages, beam_kv)
+        return search, search.run
+
+    def _load(self, trie: CatalogTrie, width: int) -> None:
+        table = self._tables.get(width)
+        if table is not None:
+            refusal = table.shapes.refusal(trie)
+            if refusal is None:
+                table.load(trie, checked=True)
+                return
+            logger.info("searches of width %d are captured anew: %s", width, refusal)
+            self._ready = {key: made for key, made in self._ready.items() if key[1] != width}
+        self._tables[width] = TrieTable(trie, StepShapes.of(trie, min(width, MAX_WIDTH)))
+
+    def _make(self, batch: int, width: int) -> Ready:
+        if self._beam_kv is None:
+            self._beam_kv = self._allocate(max(b * w for b, w in self._buckets.shapes()))
+        search = Search(
+            self._model,
+            self._tables[width],
+            batch,
+            batch * EXCLUSIONS_A_REQUEST,
+            self._pages,
+            self._beam_kv,
+        )
+        if not self._capture:
+            return search, search.run
+        try:
+            return search, CapturedCall(search.run, self._stream, self._memory)
+        except CaptureError as error:
+            logger.warning("searches run uncaptured from now on: %s", error)
+            self._capture = False
+            return search, search.run
+
+    def _allocate(self, rows: int) -> BeamKV:
+        model = self._model
+        return BeamKV.allocate(
+            model.pool.shapes,
+            steps=max(model.item_tokens.num_levels - 1, 1),
+            rows=rows,
+            device=model.device,
+            dtype=model.dtype,
+        )

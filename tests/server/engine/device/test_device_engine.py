@@ -1,0 +1,242 @@
+"""The engine for devices gives the reference's answers; here uncaptured, by the definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rectokens.decoding.catalog_search import ReferenceSearch
+from rectokens.schemas.search import SearchRequest, SearchResult
+from server.engine.device.engine import DeviceEngine
+from server.engine.device.fused_decoder import FusedDecoder
+from server.engine.device.module_decoder import ModuleDecoder
+from server.engine.loading import build_engine
+from server.engine.pool_setup import PoolOptions
+from server.engine.types import EngineFault
+from tests.server.engine.device.device_cases import (
+    KINDS,
+    OPTIONS,
+    POOL,
+    TOKENS,
+    VOCAB,
+    assert_same,
+    olmo2,
+    random_catalog,
+    requests_of,
+)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_lm: Callable[..., Any]) -> dict[str, Any]:
+    # Two of each: an engine changes its model's attention.
+    return {kind: olmo2() if kind == "olmo2" else tiny_lm(kind, VOCAB, seed=3) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_lm: Callable[..., Any]) -> dict[str, DeviceEngine]:
+    found = {}
+    for kind in KINDS:
+        model = olmo2() if kind == "olmo2" else tiny_lm(kind, VOCAB, seed=3)
+        engine = build_engine(model, TOKENS, POOL, OPTIONS)
+        assert isinstance(engine, DeviceEngine)
+        found[kind] = engine
+    return found
+
+
+def test_common_layers_are_fused_and_others_run_by_their_modules(
+    engines: dict[str, DeviceEngine],
+) -> None:
+    decoders = {kind: type(engine._model.decoder) for kind, engine in engines.items()}
+    assert decoders.pop("olmo2") is ModuleDecoder
+    assert set(decoders.values()) == {FusedDecoder}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_equals_the_reference(
+    kind: str, data: st.DataObject, models: dict[str, Any], engines: dict[str, DeviceEngine]
+) -> None:
+    items = data.draw(st.integers(1, 40))
+    trie, codes = random_catalog(data.draw(st.integers(0, 10_000)), items)
+    batch = data.draw(st.lists(requests_of(items), min_size=1, max_size=6))
+    reference = ReferenceSearch(models[kind], TOKENS, codes)
+    outcome = engines[kind].search(batch, trie)
+    for request, found in zip(batch, outcome.results, strict=True):
+        assert_same(found, reference.search(request), atol=1e-4)
+
+
+def test_a_returning_prompt_is_cached_and_gives_the_same(
+    tiny_lm: Callable[..., Any], engines: dict[str, DeviceEngine]
+) -> None:
+    trie, _ = random_catalog(5, 40)
+    engine = engines["qwen3"]
+    history = tuple(i % 7 + 20 for i in range(100))
+    first = engine.search([SearchRequest(history, 6, 6)], trie)
+    grown = SearchRequest((*history, 3, 4), 6, 6)
+    again = engine.search([grown, SearchRequest(history[:30], 6, 6)], trie)
+    assert first.cached_tokens == (0,)
+    assert again.cached_tokens == (64, 0)
+    alone = build_engine(tiny_lm("qwen3", VOCAB, seed=3), TOKENS, None, OPTIONS).search(
+        [grown], trie
+    )
+    assert alone.cached_tokens == (0,)
+    assert isinstance(alone.results[0], SearchResult)
+    assert_same(again.results[0], alone.results[0], 1e-4)
+
+
+def test_long_prompts_are_computed_in_several_passes(
+    tiny_lm: Callable[..., Any], engines: dict[str, DeviceEngine]
+) -> None:
+    trie, _ = random_catalog(5, 40)
+    engine = build_engine(tiny_lm("qwen3", VOCAB, seed=3), TOKENS, None, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    engine._model.max_pass_rows = 13
+    batch = [SearchRequest(tuple(range(n % 30, n % 30 + n % 9 + 1)) * 3, 5, 5) for n in range(6)]
+    whole = engines["qwen3"].search(batch, trie).results
+    for found, expected in zip(engine.search(batch, trie).results, whole, strict=True):
+        assert isinstance(expected, SearchResult)
+        assert_same(found, expected, 1e-4)
+
+
+def test_embeddings_and_tokens_mean_the_same(engines: dict[str, DeviceEngine]) -> None:
+    trie, _ = random_catalog(5, 40)
+    engine = engines["llama"]
+    ids = (4, 9, 2, 30, 7)
+    embeds = engine._model.embed(torch.tensor(ids)).detach()
+    outcome = engine.search(
+        [
+            SearchRequest((8, 1), 3, 3),
+            SearchRequest((), 5, 5, prompt_embeds=embeds),
+            SearchRequest(ids, 5, 5),
+            SearchRequest((), 5, 5, prompt_embeds=embeds[:, :4]),
+        ],
+        trie,
+    )
+    by_embeds, by_ids = outcome.results[1:3]
+    assert isinstance(by_ids, SearchResult)
+    assert_same(by_embeds, by_ids, 1e-6)
+    assert isinstance(outcome.results[3], EngineFault)
+    assert "hidden size 4" in outcome.results[3].message
+
+
+def test_a_batch_larger_than_the_pool_is_answered_in_parts(tiny_lm: Callable[..., Any]) -> None:
+    trie, _ = random_catalog(5, 40)
+    # 64 tokens a page, 3 layers x 2 heads x 8 x 2 x 4 bytes a token: two pages.
+    engine = build_engine(
+        tiny_lm("llama", VOCAB, seed=3), TOKENS, PoolOptions(2 * 64 * 384), OPTIONS
+    )
+    plenty = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, None, OPTIONS)
+    assert engine.max_prompt_tokens == 126
+    batch = [SearchRequest(tuple(range(30)) * times, 4, 4) for times in (3, 1, 2, 4, 1)]
+    for _ in range(2):
+        outcome = engine.search(batch, trie)
+        wanted = plenty.search(batch, trie)
+        for found, expected in zip(outcome.results, wanted.results, strict=True):
+            assert isinstance(expected, SearchResult)
+            assert_same(found, expected, 1e-4)
+
+
+def test_a_prompt_beyond_the_pool_is_refused(tiny_lm: Callable[..., Any]) -> None:
+    trie, _ = random_catalog(5, 40)
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, PoolOptions(64 * 384), OPTIONS)
+    assert engine.max_prompt_tokens == 64
+    long, short = engine.search(
+        [SearchRequest((1,) * 65, 4, 4), SearchRequest((1,) * 64, 4, 4)], trie
+    ).results
+    assert isinstance(long, EngineFault)
+    assert "prompt has 65 tokens; the model takes 64" in long.message
+    assert isinstance(short, SearchResult)
+
+
+def test_a_beam_beyond_all_searches_is_refused_alone(engines: dict[str, DeviceEngine]) -> None:
+    trie, _ = random_catalog(5, 40)
+    wide, good = (
+        engines["llama"]
+        .search([SearchRequest((1,), 8_193, 4), SearchRequest((1,), 4, 4)], trie)
+        .results
+    )
+    assert isinstance(wide, EngineFault)
+    assert "beam_width is 8193; searches on a GPU take up to 8192" in wide.message
+    assert isinstance(good, SearchResult)
+
+
+def test_a_poisoned_request_fails_alone_and_is_not_cached(tiny_lm: Callable[..., Any]) -> None:
+    model = tiny_lm("llama", VOCAB, seed=4)
+    engine = build_engine(model, TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[39] = float("nan")
+    trie, _ = random_catalog(2, 30)
+    batch = [SearchRequest((1, 39) * 40, 4, 4), SearchRequest((1, 2), 4, 4)]
+    for _ in range(2):
+        outcome = engine.search(batch, trie)
+        bad, good = outcome.results
+        assert isinstance(bad, EngineFault)
+        assert "NaN" in bad.message
+        assert isinstance(good, SearchResult)
+        assert len(good.hits) == 4
+        assert outcome.cached_tokens == (0, 0)
+
+
+def test_an_exception_in_a_batch_leaves_the_engine_usable(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=4), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    trie, _ = random_catalog(2, 30)
+    batch = [SearchRequest((1, 2) * 40, 4, 4), SearchRequest((1, 2), 4, 4)]
+    expected = engine.search(batch, trie).results
+    free = engine._cache.available_pages
+    with monkeypatch.context() as broken:
+        broken.setattr(type(engine._model), "beam_pass", _fail)
+        with pytest.raises(RuntimeError, match="a kernel failed"):
+            engine.search(batch, trie)
+    assert engine._cache.available_pages == free
+    again = engine.search(batch, trie)
+    assert again.results == expected
+    assert again.cached_tokens == (64, 0)
+
+
+def _fail(*_: Any) -> Tensor:
+    raise RuntimeError("a kernel failed")
+
+
+def test_catalogs_may_change_from_batch_to_batch(
+    models: dict[str, Any], engines: dict[str, DeviceEngine]
+) -> None:
+    # The last one is larger than the shapes that the others made.
+    for seed, items in ((1, 20), (2, 25), (1, 20), (3, 125)):
+        trie, codes = random_catalog(seed, items)
+        request = SearchRequest((7, 8, 9), 12, 12)
+        (found,) = engines["qwen3"].search([request], trie).results
+        assert_same(found, ReferenceSearch(models["qwen3"], TOKENS, codes).search(request), 1e-4)
+
+
+def test_who_has_left_costs_nothing(engines: dict[str, DeviceEngine]) -> None:
+    trie, _ = random_catalog(2, 30)
+    engine = engines["llama"]
+    batch = [SearchRequest((1, 2), 4, 4), SearchRequest((3,), 4, 4)]
+    gone, there = engine.run(engine.prepare(batch, trie), lambda row: row == 0).results
+    assert isinstance(gone, EngineFault)
+    assert isinstance(there, SearchResult)
+    outcome = engine.run(engine.prepare(batch, trie), lambda _: True)
+    assert all(isinstance(result, EngineFault) for result in outcome.results)
+
+
+def test_filters_of_another_catalog_are_refused(engines: dict[str, DeviceEngine]) -> None:
+    trie, _ = random_catalog(2, 30)
+    prefix = torch.zeros(30, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"shape \(30,\); expected \(31,\)"):
+        engines["llama"].prepare([SearchRequest((1,), 4, 4, allowed_prefix=prefix)], trie)
+    listed = torch.tensor([3, 30])
+    with pytest.raises(ValueError, match="reach from 3 to 30; the catalog has items 0 to 29"):
+        engines["llama"].prepare([SearchRequest((1,), 4, 4, allowed_items=listed)], trie)
