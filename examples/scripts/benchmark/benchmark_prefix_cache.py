@@ -26,9 +26,11 @@ from rich.table import Table
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
-from server.engine.engine import Engine
+from server.engine.device.buckets import Buckets
+from server.engine.device.engine import DeviceOptions
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
+from server.engine.types import SearchEngine
 
 # hidden size, layers, heads, key-value heads, head dimension, intermediate size
 MODELS = {
@@ -100,7 +102,9 @@ def visits(case: Case, tokens: ItemTokens, seed: int) -> list[list[SearchRequest
     return batches
 
 
-def run(engine: Engine, batch: list[SearchRequest], trie: CatalogTrie) -> tuple[float, float, int]:
+def run(
+    engine: SearchEngine, batch: list[SearchRequest], trie: CatalogTrie
+) -> tuple[float, float, int]:
     """Seconds in all, seconds of the prompts, and cached tokens of one batch."""
     started = time.perf_counter()
     outcome = engine.search(batch, trie)
@@ -108,7 +112,7 @@ def run(engine: Engine, batch: list[SearchRequest], trie: CatalogTrie) -> tuple[
 
 
 def largest_difference(
-    kept: Engine, fresh: Engine, case: Case, tokens: ItemTokens, trie: Any
+    kept: SearchEngine, fresh: SearchEngine, case: Case, tokens: ItemTokens, trie: Any
 ) -> float:
     """Of the best scores of second visits, with the cache and without."""
     first, second = visits(case, tokens, seed=1 << 20)
@@ -124,7 +128,12 @@ def largest_difference(
 
 
 def measure(
-    kept: Engine, fresh: Engine, case: Case, tokens: ItemTokens, trie: CatalogTrie, repeats: int
+    kept: SearchEngine,
+    fresh: SearchEngine,
+    case: Case,
+    tokens: ItemTokens,
+    trie: CatalogTrie,
+    repeats: int,
 ) -> dict[str, float]:
     """Medians, in milliseconds."""
     names = ("off_ms", "first_ms", "returning_ms")
@@ -193,11 +202,17 @@ def main(
     console = Console(width=120)
     kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     lm, tokens, trie = build(model, device, kind, levels, codebook_size, items)
-    fresh = build_engine(lm, tokens)
-    kept = build_engine(lm, tokens, PoolOptions(memory_bytes=memory_mib << 20))
+    counts = sorted(map(int, batches.split(",")))
+    captured = None  # on a GPU the shapes that are timed
+    if device != "cpu":
+        captured = DeviceOptions(Buckets(tuple(counts), (beam_width,), counts[-1] * beam_width))
+    kept, fresh = (
+        build_engine(lm, tokens, PoolOptions(memory_mib << 20, keep=keep), captured)
+        for keep in (True, False)
+    )
     rows = []
     for context in map(int, contexts.split(",")):
-        for batch in map(int, batches.split(",")):
+        for batch in counts:
             case = Case(context, batch, beam_width, new_items)
             gap = largest_difference(kept, fresh, case, tokens, trie)
             if not gap <= _TOLERANCE[kind]:
