@@ -50,6 +50,8 @@ from server.settings import Settings, load_settings
 PATH = "/v1/recommend"
 CHECKED = 16
 REFUSED_WITHIN_S = 0.05
+# Small enough to be full before memory is watched.
+KV_MEMORY_MIB = 64
 
 
 class WrongAnswerError(RuntimeError):
@@ -298,14 +300,17 @@ def measure(
     max_open: int,
 ) -> dict[str, float]:
     """All figures of one release."""
-    flags = {"release": str(path), "cpu_threads": str(threads), "log_level": "error"}
-    settings = load_settings(flags)
+    flags = {"cpu-threads": threads, "log-level": "error", "engine.kv-memory-mib": KV_MEMORY_MIB}
+    settings = load_settings(
+        {name.replace("-", "_"): str(value) for name, value in flags.items()}
+        | {"release": str(path)}
+    )
     torch.set_num_threads(threads)
     release = load_release(settings)
     histories = Histories(release, history, beam_width, seed=0)
     alone = EngineAlone(release, settings, histories)
     clients = 2 * settings.batching.max_requests
-    options = ("--cpu-threads", str(threads), "--log-level", "error")
+    options = tuple(word for name, value in flags.items() for word in (f"--{name}", str(value)))
     with serving(path, flags=options) as base_url:
         (server,) = psutil.Process().children()
         asyncio.run(compare(base_url, alone, histories))
