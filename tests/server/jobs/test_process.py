@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,9 +28,12 @@ def ready(workplace):
 
 def waiting() -> list[int]:
     """Ids of the processes that wait or work."""
-    return [
-        one.pid for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())
-    ]
+    found = []
+    for one in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            if "spawn_main" in " ".join(one.cmdline()):
+                found.append(one.pid)
+    return found
 
 
 def eventually(condition: Callable[[], object]) -> None:
