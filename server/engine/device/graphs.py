@@ -21,7 +21,8 @@ class CapturedCall:
         call: enqueues work that depends on nothing but memory at fixed addresses and waits for
             nothing; its result stays at one address.
         stream: to capture on, not the one that replays.
-        pool: handle of the memory that captured calls share: they never run at once.
+        pool: handle of the memory that captured calls share: they never run at once. A handle
+            whose calls are all gone is of no use any more.
 
     Raises:
         CaptureError: the call runs, but cannot be captured. Nothing should be captured after
@@ -35,9 +36,9 @@ class CapturedCall:
             call()
             stream.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads copy prompts meanwhile, which must not end the capture.
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
+                # Other threads copy prompts meanwhile, which must not end the capture.
+                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 self._result = call()
                 self._graph.capture_end()
             except Exception as why:

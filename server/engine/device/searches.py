@@ -104,6 +104,9 @@ class Searches:
                 return
             logger.info("searches of width %d are captured anew: %s", width, refusal)
             self._ready = {key: made for key, made in self._ready.items() if key[1] != width}
+            if self._capture:
+                # The memory of graphs that are gone cannot be captured into again.
+                self._memory = torch.cuda.graph_pool_handle()
         self._tables[width] = TrieTable(trie, StepShapes.of(trie, min(width, MAX_WIDTH)))
 
     def _make(self, batch: int, width: int) -> Ready:

@@ -103,6 +103,19 @@ def test_searches_are_captured_and_survive_a_catalog_swap(
     assert set(engine._passes._ready) == set(OPTIONS.prompt_rows)
 
 
+def test_a_catalog_that_outgrows_the_shapes_is_captured_anew(
+    make: Callable[..., Any], models: dict[str, Any]
+) -> None:
+    engine = build_engine(make("llama").cuda(), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    request = SearchRequest((7, 8, 9), 12, 12)
+    for items in (6, 125, 20, 125):
+        trie, codes = random_catalog(3, items)
+        (found,) = engine.search([request], trie.to("cuda")).results
+        assert_same(found, ReferenceSearch(models["llama"], TOKENS, codes).search(request), 1e-4)
+        assert set(captured_searches(engine)) == set(OPTIONS.buckets.shapes())
+
+
 def test_alone_and_in_any_batch_the_same(engines: dict[str, DeviceEngine]) -> None:
     engine = engines["qwen3"]
     trie = random_catalog(5, 40)[0].to("cuda")
