@@ -38,7 +38,7 @@ class LinearSettings:
         slots: of a tile of that product.
         few: consecutive rows that share programs where they do not; divides ``group``.
         depth: hidden columns of a step of it; twice as many of 16 bits.
-        pairs, pairs_hidden: tile of the dot products of other rows.
+        pairs, pairs_hidden: tile of the dot products of other rows; half as wide of float32.
         ahead: steps of those that are loaded at a time.
         programs: programs that fill the device a few times over.
         fill: entries of a row filled at a time.
@@ -52,7 +52,7 @@ class LinearSettings:
     few: int = 16
     pairs: int = 16
     pairs_hidden: int = 256
-    ahead: int = 1
+    ahead: int = 4
     programs: int = 1056
     fill: int = 2048
     registers: int | None = None
@@ -298,7 +298,9 @@ def _project(
             BLOCK_K=settings.depth * (1 if wide else 2),
             PAIRS=settings.pairs,
             AHEAD=settings.ahead,
-            BLOCK_H=min(settings.pairs_hidden, triton.next_power_of_2(hidden)),
+            BLOCK_H=min(
+                settings.pairs_hidden // (2 if wide else 1), triton.next_power_of_2(hidden)
+            ),
             BLOCK_IDS=min(256, max(16, triton.next_power_of_2(max_branches))),
             BLOCK_FILL=settings.fill,
             num_warps=settings.warps,

@@ -93,17 +93,17 @@ def cuobjdump(option, cubin):
     ],
 )
 def test_project(tmp_path, dtype, fill, chosen, slots):
+    narrow = 1 if dtype == "bf16" else 2
     constants = {"HIDDEN": 1024, "HAS_BIAS": True, "FILL": fill, "GROUP": chosen.group,
-                 "FEW": chosen.few,
-                 "BLOCK_M": slots,
-                 "BLOCK_K": chosen.depth * (2 if dtype == "bf16" else 1), "AHEAD": chosen.ahead,
-                 "PAIRS": chosen.pairs, "BLOCK_H": chosen.pairs_hidden, "BLOCK_IDS": 256,
+                 "FEW": chosen.few, "BLOCK_M": slots, "BLOCK_K": 2 * chosen.depth // narrow,
+                 "PAIRS": chosen.pairs, "AHEAD": chosen.ahead,
+                 "BLOCK_H": chosen.pairs_hidden // narrow, "BLOCK_IDS": 256,
                  "BLOCK_FILL": chosen.fill}  # fmt: skip
     code = code_of(constrained.project_kernel, tmp_path, dtype, constants,
                    num_warps=chosen.warps, num_stages=chosen.stages)  # fmt: skip
     assert re.search("HG?MMA", code)
     # Wide loads of weights, wide stores of the filling.
-    assert re.search(r"LDG\.E\.128", code)
+    assert re.search(r"LDGSTS\.E\S*\.128", code)
     assert re.search(r"STG\.E\.128", code) or not fill
 
 
