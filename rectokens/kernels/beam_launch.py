@@ -47,7 +47,7 @@ class StepSettings:
     direct: int = 2048
     pairs_a_copy: int = 1 << 15
     copies: int = 16
-    own: int = 32
+    own: int = 16
     share: int = 2048
     readers: int = 132
     room_factor: int = 2

@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 bench = bench_of(trie, batch, width, asked == "mixed")
                 for row in measure(bench, not options.no_pytorch):
                     lines.append({"catalog": kind, "options": asked, "B": batch, "W": width, **row})
-                    print("  ".join(str(lines[-1].get(name, "")) for name in COLUMNS))
+                    print("  ".join(str(lines[-1].get(name, "")) for name in COLUMNS), flush=True)
     timing.write_csv(options.out / "beam_step.csv", COLUMNS, lines)
     return lines
 

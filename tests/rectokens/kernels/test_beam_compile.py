@@ -82,7 +82,7 @@ def test_selection(tmp_path):
 @pytest.mark.parametrize("direct", [False, True])
 def test_rank(tmp_path, direct):
     compile_(select.rank_kernel, tmp_path, "bf16", COMPACT=direct, DIRECT=direct, LEVELS=4,
-             OWN=32, BLOCK=256, **SIZES)  # fmt: skip
+             OWN=16, BLOCK=256, **SIZES)  # fmt: skip
 
 
 def test_ends(tmp_path):

@@ -123,6 +123,21 @@ def test_a_captured_search_survives_other_catalogs_and_batches():
         check_answers(search, trie, requests)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_tables_that_hold_no_requests(compact):
+    """What an engine runs to compile and to capture before the first batch is there."""
+    g = torch.Generator().manual_seed(3)
+    trie = catalog(50_000, 3, 2048)
+    search = Search.of(trie, 256, 3, exclusions=0)
+    logits, norms = map(on_device, random_logits(trie, 3, 256, g))
+    search.run(logits, norms, compact=compact)
+    check_answers(search, trie, [])
+    assert not search.buffers.alive[1:].any()
+    assert not search.buffers.poisoned.any()
+    for tensor in (search.buffers.codes, search.buffers.ancestors, search.buffers.nodes):
+        assert not tensor[1:].any()
+
+
 def test_equal_runs_are_equal_to_the_bit():
     g = torch.Generator().manual_seed(2)
     trie = catalog(200_000, 3, 2048)
