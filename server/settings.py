@@ -393,8 +393,8 @@ class JobSettings(_Group):
     )
     keep_process_ready: bool = Field(
         default=True,
-        description="Keep a process ready for the next job, which then begins two seconds sooner; "
-        "it holds about 300 MiB while it waits.",
+        description="Keep a process ready for the next job, past its imports (about two seconds of "
+        "a core); it holds about 300 MiB while it waits.",
     )
     database: str | None = Field(
         default=None,
