@@ -66,8 +66,13 @@ class Searches:
             self._load(trie, width)
         self._trie = weakref.ref(trie.row_ptrs)
         for batch, width in self._buckets.shapes():
-            if (batch, width) not in self._ready:
+            if (batch, width) in self._ready:
+                continue
+            try:
                 self._ready[batch, width] = self._make(batch, width)
+            except torch.OutOfMemoryError as error:
+                # Such batches are searched on demand, in memory that is given back.
+                logger.warning("no memory to keep searches of %d x %d: %s", batch, width, error)
         if self._capture:
             torch.cuda.empty_cache()
 

@@ -206,6 +206,26 @@ def test_an_exception_in_a_batch_leaves_the_engine_usable(
     assert again.cached_tokens == (64, 0)
 
 
+def test_searches_that_there_is_no_memory_for_are_made_on_demand(
+    models: dict[str, Any], tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    make = engine._searches._make
+
+    def scarce(batch: int, width: int) -> Any:
+        if batch * width > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(batch, width)
+
+    monkeypatch.setattr(engine._searches, "_make", scarce)
+    trie, codes = random_catalog(5, 40)
+    reference = ReferenceSearch(models["llama"], TOKENS, codes)
+    batch = [SearchRequest((n,), 12, 12) for n in range(3)] + [SearchRequest((9,), 3, 3)]
+    for request, found in zip(batch, engine.search(batch, trie).results, strict=True):
+        assert_same(found, reference.search(request), 1e-4)
+
+
 def _fail(*_: Any) -> Tensor:
     raise RuntimeError("a kernel failed")
 
