@@ -126,7 +126,7 @@ def _wait_for_job(connection: Connection, settings: Settings) -> None:
     # Ctrl-C reaches the whole group; the watcher decides what becomes of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not connection.poll():
-        _import_everything()
+        _import_everything(settings.jobs.threads)
     try:
         header = json.loads(connection.recv_bytes())
         params = connection.recv_bytes()
@@ -135,17 +135,23 @@ def _wait_for_job(connection: Connection, settings: Settings) -> None:
     run_job(connection, settings, JobKind(header["kind"]), params, Path(header["errors"]))
 
 
-def _import_everything() -> None:
-    """What every job needs and takes long to load."""
+def _import_everything(threads: int) -> None:
+    """Load what jobs need and takes long."""
     # What cannot be imported fails again when the job needs it, and is reported there.
     with suppress(Exception):
-        import torch  # noqa: F401
+        import torch
 
         import server.jobs.context
         import server.jobs.kinds
         import server.jobs.params
         import server.jobs.places
         import server.jobs.rehearse  # noqa: F401
+        from rectokens.tokenizers.rq_kmeans import RQKMeansTokenizer
+
+        # The first use of a tokenizer makes torch load as much again.
+        torch.set_num_threads(threads)
+        rows = torch.eye(2)
+        RQKMeansTokenizer(num_levels=1, codebook_size=2, dim=2, seed=0).fit_step(rows).encode(rows)
 
 
 class _threads:  # noqa: N801 (a context manager, used as a function)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -26,14 +26,9 @@ def ready(workplace):
     one.close()
 
 
-def waiting() -> list[int]:
+def waiting() -> list[int | None]:
     """Ids of the processes that wait or work."""
-    found = []
-    for one in psutil.Process().children():
-        with suppress(psutil.Error):  # it has just ended
-            if "spawn_main" in " ".join(one.cmdline()):
-                found.append(one.pid)
-    return found
+    return [one.pid for one in multiprocessing.active_children()]
 
 
 def eventually(condition: Callable[[], object]) -> None:
@@ -52,7 +47,7 @@ def test_a_job_is_done_by_the_process_that_waits(workplace, ready: ReadyProcess)
     owner = Owner.this_process()
     supervisor = Supervisor(workplace.settings(), ledger, owner, begin=ready.take)
     job, _ = ledger.begin(JobKind.UPDATE_ITEMS, {"deletes": ["W0"]}, owner)
-    seen: list[int] = []
+    seen: list[int | None] = []
     ended = supervisor.run(job, on_update=lambda job: seen.extend(waiting()))
     assert ended.state is JobState.SUCCEEDED, ended
     assert set(seen) == {pid}
