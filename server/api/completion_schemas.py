@@ -15,7 +15,7 @@ from server.api.schemas import (
     StrictResponse,
     Timings,
 )
-from server.settings import LongPrompt, NormalizationName
+from server.settings_serving import LongPrompt, NormalizationName
 
 _EXAMPLE_REQUEST: Json = {
     "model": "rectokens",

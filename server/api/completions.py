@@ -34,7 +34,8 @@ from server.recommender import (
     TokenPrompt,
 )
 from server.release import Release
-from server.settings import LimitSettings, Settings
+from server.settings import Settings
+from server.settings_serving import LimitSettings
 
 PATH = "/v1/completions"
 

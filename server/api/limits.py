@@ -10,7 +10,8 @@ from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, Tex
 from server.api.score_schemas import ScoreRequest
 from server.errors import ServiceError, invalid
 from server.recommender import ItemRef, RecommendQuery
-from server.settings import LimitSettings, LongPrompt, NormalizationName, Settings
+from server.settings import Settings
+from server.settings_serving import LimitSettings, LongPrompt, NormalizationName
 
 Number = TypeVar("Number", int, float)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from server.settings import LongPrompt, NormalizationName
+from server.settings_serving import LongPrompt, NormalizationName
 
 Json = dict[str, Any]
 Include = Literal["semantic_id", "metadata", "level_scores"]

@@ -16,7 +16,7 @@ from server.api.schemas import (
     Usage,
     require_one_of_history_and_input,
 )
-from server.settings import LongPrompt, NormalizationName
+from server.settings_serving import LongPrompt, NormalizationName
 
 _EXAMPLE_REQUEST: dict[str, Any] = {"history": ["B001", "B042"], "items": ["B123", "B007", "nope"]}
 _EXAMPLE_RESPONSE: dict[str, Any] = {

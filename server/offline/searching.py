@@ -18,7 +18,7 @@ from server.errors import ErrorKind, ServiceError
 from server.offline.users import User
 from server.recommender import Item, ItemRef, PreparedSearch, RecommendQuery, prepare, present
 from server.release import Release
-from server.settings import DefaultSettings
+from server.settings_serving import DefaultSettings
 
 _log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import ServiceError, invalid
-from server.settings import ProxySettings
+from server.settings_serving import ProxySettings
 
 # Asked of the proxy, not of the upstream.
 _CONSUMED = ("prompt", "add_special_tokens")

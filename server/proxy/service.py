@@ -20,7 +20,8 @@ from server.proxy.metrics import ProxyMetrics
 from server.proxy.prompts import ProxyPrompts, load_prompts
 from server.proxy.requests import Chat, ProxyRequest, TextsOrIds
 from server.proxy.upstream import Upstream
-from server.settings import ProxySettings, Settings
+from server.settings import Settings
+from server.settings_serving import ProxySettings
 
 _log = structlog.get_logger(__name__)
 

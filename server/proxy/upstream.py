@@ -13,7 +13,7 @@ import orjson
 from server.api.sse import MEDIA_TYPE
 from server.errors import ErrorKind, ServiceError, error_body, kind_of_status
 from server.proxy.errors import ProxyError
-from server.settings import ProxySettings
+from server.settings_serving import ProxySettings
 
 _SHOWN_CHARS = 300
 # An error's body is shown in part; reading more of it has no use.

@@ -6,14 +6,9 @@ from typing import get_args
 import pytest
 
 from rectokens.schemas.search import NORMALIZATIONS
-from server.settings import (
-    NormalizationName,
-    SettingsError,
-    load_settings,
-    setting_fields,
-    value_of,
-)
+from server.settings import SettingsError, load_settings, setting_fields, value_of
 from server.settings_doc import settings_markdown
+from server.settings_serving import NormalizationName
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 

@@ -15,7 +15,8 @@ from fastapi.security import HTTPBearer
 
 from server.api.strict_json import StrictJsonRoute
 from server.errors import ErrorKind, ServiceError
-from server.settings import AdminSettings, SettingsError, env_name, require_admin_key
+from server.settings import SettingsError, env_name
+from server.settings_operating import AdminSettings, require_admin_key
 
 # Documents the scheme; the route class below does the checking, before a body is read.
 BEARER = HTTPBearer(auto_error=False, scheme_name="AdminKey", description="A key of `admin.keys`.")
