@@ -63,6 +63,7 @@ class Case:
         codebook_size: K.
         changed: items of an update, half of them new.
         updates: how many in a row.
+        pause_s: before each of them.
         threads: of a job, and of the server.
     """
 
@@ -72,6 +73,7 @@ class Case:
     codebook_size: int
     changed: int
     updates: int
+    pause_s: float
     threads: int
 
 
@@ -121,6 +123,9 @@ def main(
     codebook_size: Annotated[int, typer.Option(min=2, help="Codes a level.")] = 256,
     changed: Annotated[int, typer.Option(min=2, help="Items of an update, half new.")] = 1_000,
     updates: Annotated[int, typer.Option(min=1, help="Updates, one after the other.")] = 5,
+    pause_s: Annotated[
+        float, typer.Option(min=0, help="Before each update; 0 leaves no time to get ready again.")
+    ] = 0.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a job and of the server.")] = 2,
     folder: Annotated[
         Path | None, typer.Option(help="Where everything is written; default a temporary one.")
@@ -130,7 +135,7 @@ def main(
     """Measure every size in turn and print a column each."""
     found = []
     for size in num_items or [100_000, 1_000_000]:
-        case = Case(size, dim, num_levels, codebook_size, changed, updates, threads)
+        case = Case(size, dim, num_levels, codebook_size, changed, updates, pause_s, threads)
         place = Path(tempfile.mkdtemp(prefix="benchmark-live-catalog-", dir=folder))
         try:
             found.append(measure(case, place))
@@ -142,7 +147,7 @@ def main(
     console = Console()
     console.print(
         f"{dim} values an embedding, {num_levels} levels of {codebook_size} codes, {changed} items "
-        f"an update, {threads} threads, {os.cpu_count()} CPU cores"
+        f"an update, {pause_s:g} s apart, {threads} threads, {os.cpu_count()} CPU cores"
     )
     console.print(table)
     if output is not None:
@@ -315,6 +320,7 @@ def _update(
     client: httpx.Client, case: Case, number: int, draw: Callable[[int], np.ndarray]
 ) -> tuple[float, dict[str, Any]]:
     """Change items; seconds until they are served, and the job's result."""
+    time.sleep(case.pause_s)
     half = case.changed // 2
     ids = [f"new {number} {i}" for i in range(half)]
     ids += [f"B{number * half + i}" for i in range(case.changed - half)]
