@@ -1,4 +1,4 @@
-"""``triton`` and ``triton.language``, or stand-ins that let kernel modules be imported without.
+"""``triton`` and Gluon with their languages, or stand-ins that let kernel modules be imported.
 
 A kernel can be defined with the stand-ins; looking anything else up in them, as launching would,
 raises ImportError.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["tl", "triton"]
+__all__ = ["gl", "gluon", "tl", "triton"]
 
 _T = TypeVar("_T")
 
@@ -36,5 +36,7 @@ class _MissingTriton:
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
 except ImportError:
-    triton = tl = _MissingTriton()
+    triton = tl = gluon = gl = _MissingTriton()

@@ -7,8 +7,7 @@ Loads, norms and stores are written here with layouts stated; what happens to a 
 the PTX of `hadamard_ptx`. For powers of two from 512 to 4,096 and up to 4 bits.
 """
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
+from rectokens.kernels.optional_triton import gl, gluon
 
 _SQUARES_LOW = gl.constexpr(1e-24)
 _SQUARES_HIGH = gl.constexpr(1e30)

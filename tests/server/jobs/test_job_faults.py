@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,23 +185,26 @@ def test_commands_that_are_killed_at_any_moment(workplace):
     assert ends <= {JobState.INTERRUPTED, JobState.SUCCEEDED, JobState.QUEUED}
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int], None]]:
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """For as little as possible: what pytest prints may go to a file, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("limit", [300, 3_000, 20_000])
-def test_files_that_cannot_be_written(workplace, file_size_limit, limit: int):
+def test_files_that_cannot_be_written(workplace, limit: int):
     workplace.parquet("items.parquet", 20_000)
     environment = workplace.environment()
     before = environment.store.active()
     params = checked_params(JobKind.REINDEX, {**REINDEX, "activate": True})
-    file_size_limit(limit)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError) as error, file_size_limit(limit):
         FUNCTIONS[JobKind.REINDEX](params, environment, JobReporter())
     assert explain(error.value, workplace.settings())[0] is JobErrorKind.DISK_FULL
     assert environment.store.active() == before
