@@ -206,6 +206,12 @@ async def saturated(
     return Rate(len(replies) / taken, cpu / len(replies)), added
 
 
+def process_behind(base_url: str) -> psutil.Process:
+    """The child that was told to listen there; this process may have others."""
+    port = base_url.rpartition(":")[2]
+    return next(child for child in psutil.Process().children() if port in child.cmdline())
+
+
 def cpu_seconds(process: psutil.Process) -> float:
     """CPU time that a process has taken so far."""
     times = process.cpu_times()
@@ -312,7 +318,7 @@ def measure(
     clients = 2 * settings.batching.max_requests
     options = tuple(word for name, value in flags.items() for word in (f"--{name}", str(value)))
     with serving(path, flags=options) as base_url:
-        (server,) = psutil.Process().children()
+        server = process_behind(base_url)
         asyncio.run(compare(base_url, alone, histories))
         single: list[float] = []
         added: list[float] = []
