@@ -22,7 +22,9 @@ class ErrorKind(StrEnum):
     CONFLICT = "conflict"
     NO_STORE = "no_store"
     BODY_TIMEOUT = "body_timeout"
+    HEAD_TIMEOUT = "head_timeout"
     BODY_TOO_LARGE = "body_too_large"
+    HEAD_TOO_LARGE = "head_too_large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     INVALID_VALUE = "invalid_value"
     NO_KNOWN_ITEMS = "no_known_items"
@@ -68,11 +70,13 @@ ERROR_TABLE: dict[ErrorKind, ErrorSpec] = {
     ErrorKind.CONFLICT: ErrorSpec(409, _INVALID),
     ErrorKind.NO_STORE: ErrorSpec(409, _INVALID),
     ErrorKind.BODY_TIMEOUT: ErrorSpec(408, _INVALID),
+    ErrorKind.HEAD_TIMEOUT: ErrorSpec(408, _INVALID),
     ErrorKind.BODY_TOO_LARGE: ErrorSpec(413, _INVALID),
     ErrorKind.UNSUPPORTED_MEDIA_TYPE: ErrorSpec(415, _INVALID),
     ErrorKind.INVALID_VALUE: ErrorSpec(422, _INVALID),
     ErrorKind.NO_KNOWN_ITEMS: ErrorSpec(422, _INVALID),
     ErrorKind.PROMPT_TOO_LONG: ErrorSpec(422, _INVALID),
+    ErrorKind.HEAD_TOO_LARGE: ErrorSpec(431, _INVALID),
     ErrorKind.OVERLOADED: ErrorSpec(429, _OVERLOAD),
     ErrorKind.DEADLINE_UNREACHABLE: ErrorSpec(429, _OVERLOAD),
     # Nobody reads this answer; the status is for the log and the metrics.

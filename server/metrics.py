@@ -62,6 +62,18 @@ class HttpMetrics:
             registry=registry,
         )
 
+        self._connections = Gauge(
+            f"{prefix}_connections", "Connections of clients that are open.", registry=registry
+        )
+        self._connections_closed = Counter(
+            f"{prefix}_connections_closed",
+            "Connections closed without an answer: nothing was ever sent on it (silent), it was "
+            "idle longest when others needed its place (made_room), or its client did not read "
+            "the answer (slow_reader).",
+            ["reason"],
+            registry=registry,
+        )
+
     def render(self) -> bytes:
         """All metrics in Prometheus text format."""
         return generate_latest(self.registry)
@@ -70,6 +82,14 @@ class HttpMetrics:
         """An HTTP request was answered (or its client had gone: 499)."""
         self._requests.labels(route=route, status=str(status)).inc()
         self._request_seconds.labels(route=route).observe(seconds)
+
+    def connections_open(self, count: int) -> None:
+        """So many connections are open."""
+        self._connections.set(count)
+
+    def connection_closed(self, reason: str) -> None:
+        """A connection was closed without an answer."""
+        self._connections_closed.labels(reason=reason).inc()
 
     def rejected(self, reason: str) -> None:
         """A request got an error."""

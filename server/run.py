@@ -16,8 +16,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
+from server.connections import (
+    PARSER_HEAD_BYTES,
+    ConnectionLimits,
+    bounded_protocol,
+    file_limit,
+)
 from server.following import StoreLink
 from server.logs import configure_logging
+from server.metrics import HttpMetrics
 from server.proxy.service import Proxy
 from server.release import ReleaseError, ReleaseLoader
 from server.service import Service
@@ -73,7 +80,7 @@ def run_service(
         service.on_ready = lambda: on_ready(base_url)
 
     with _worker(settings, link):
-        serve_app(app, settings, listener, drain, on_server)
+        serve_app(app, settings, listener, drain, service.metrics, on_server)
     code = 0
     if service.load_error is not None:
         _report(service.load_error)
@@ -109,6 +116,7 @@ def serve_app(
     settings: Settings,
     listener: socket.socket,
     drain: Callable[[float], Awaitable[bool]],
+    metrics: HttpMetrics,
     on_server: Callable[[GracefulServer, str], None] = lambda server, base_url: None,
 ) -> None:
     """Run an app on a socket until a signal.
@@ -118,11 +126,15 @@ def serve_app(
         settings: of HTTP.
         listener: listening.
         drain: begun at the first signal, with the seconds it may take; the app answers meanwhile.
+        metrics: told of connections.
         on_server: told the server and its base URL before it begins.
     """
+    limits = ConnectionLimits(settings.http, metrics, file_limit(settings.http.max_connections))
     server = GracefulServer(
         uvicorn.Config(
             app,
+            http=bounded_protocol(limits),
+            h11_max_incomplete_event_size=PARSER_HEAD_BYTES,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -220,6 +220,24 @@ class HttpSettings(SettingsGroup):
     keep_alive_s: int = Field(
         default=30, ge=1, description="Time an idle connection is kept open, in seconds."
     )
+    head_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Time a client has to send a request's headers, in seconds; more is a 408. A "
+        "new connection on which nothing is sent is closed after it.",
+    )
+    write_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Time for which a client may read nothing of its answer, in seconds; then it "
+        "is cut off.",
+    )
+    max_connections: int = Field(
+        default=8_192,
+        ge=1,
+        description="Most connections open at once. Over it the one idle longest is closed, and "
+        "where none is idle, the new one refused. Fewer where the limit of open files says so.",
+    )
 
     @field_validator("cors_origins", mode="before")
     @classmethod

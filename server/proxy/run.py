@@ -23,5 +23,5 @@ def run_proxy(settings: Settings) -> int:
     proxy = load_proxy(settings, settings.model, settings.catalog)
     listener = listen(settings.host, settings.port)
     app = create_proxy_app(settings, proxy)
-    serve_app(app, settings, listener, proxy.drain)
+    serve_app(app, settings, listener, proxy.drain, proxy.metrics)
     return 0
