@@ -56,17 +56,26 @@ class SmallStore:
         spec = RetrievalSpec(self.fingerprint, TOKENS, recipe)
         return save_model(self.root / "models", lm, spec).name
 
-    def add(self, number: int, items: int = 40, model: str | None = None, **kwargs: Any) -> str:
+    def add(
+        self,
+        number: int,
+        items: int = 40,
+        model: str | None = None,
+        *,
+        ids: list[str] | None = None,
+        constraint_sets: dict[str, list[str]] | None = None,
+        **kwargs: Any,
+    ) -> str:
         """Write a catalog and its release; the release's version."""
         generator = torch.Generator().manual_seed(number)
-        ids = [f"{number}-{row}" for row in range(items)]
+        ids = ids or [f"{number}-{row}" for row in range(items)]
         catalog = build_catalog(
             ids,
-            torch.randint(0, CODES, (items, LEVELS), generator=generator),
+            torch.randint(0, CODES, (len(ids), LEVELS), generator=generator),
             codebook_size=CODES,
             tokenizer_fingerprint=self.fingerprint,
-            metadata=pl.DataFrame({"stock": [row % 5 for row in range(items)]}),
-            constraint_sets={"even": ids[::2]},
+            metadata=pl.DataFrame({"stock": [row % 5 for row in range(len(ids))]}),
+            constraint_sets=constraint_sets or {"even": ids[::2]},
             **kwargs,
         )
         folder = save_catalog(self.root / "catalogs", catalog, tokenizer_version=self.tokenizer)

@@ -1,52 +1,68 @@
 """Mixed traffic through the real engine: every answer checked, memory flat.
 
-Runs for ``SOAK_SECONDS`` (default 8). ``make soak`` runs it for half an hour.
+All routes at once: recommendations with filters, batches, scores, completions, callers that leave
+or ask for nonsense, readers of ``/admin`` and of the metrics, while two releases take turns.
+
+Runs for ``SOAK_SECONDS`` (default 8). ``make soak`` runs it for half an hour; ``SOAK_REPORT`` names
+a CSV file for memory and requests over time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import csv
+import json
 import os
 import random
+import statistics
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "8"))
+REPORT = os.environ.get("SOAK_REPORT")
 ITEMS = 400
 CLIENTS = 12
 # Growth that a leak of one small object per request would exceed within a long run, while
 # allocator noise stays below it.
 MAX_GROWTH_BYTES = 24 << 20
+# Between two swaps; at least four of them in the shortest run.
+SWAP_EVERY_S = min(SECONDS / 5, 10.0)
+KEY = "a-key-of-the-tests"
+START_TOKEN = 28
+MEMBERS = {
+    None: range(ITEMS),
+    "even": range(0, ITEMS, 2),
+    "few": range(7),
+    ("even", "third"): range(0, ITEMS, 6),
+}
+
+
+def items_of(rng: random.Random, count: int) -> list[str]:
+    return [f"item-{rng.randrange(ITEMS)}" for _ in range(count)]
 
 
 def random_body(rng: random.Random) -> dict[str, Any]:
     top_k = rng.choice([1, 5, 10, 30])
     return {
-        "history": [f"item-{rng.randrange(ITEMS)}" for _ in range(rng.randrange(15))],
+        "history": items_of(rng, rng.randrange(15)),
         "top_k": top_k,
         "beam_width": top_k + rng.randrange(20),
         "temperature": rng.choice([0.0, 0.0, 0.8, 2.0]),
         "seed": rng.randrange(2**31),
         "normalization": rng.choice(["vocab", "level", "children"]),
         "exclude_history": rng.random() < 0.5,
-        "exclude_items": [f"item-{rng.randrange(ITEMS)}" for _ in range(rng.randrange(40))],
+        "exclude_items": items_of(rng, rng.randrange(40)),
         "constraint_set": rng.choice([None, None, "even", "few", ["even", "third"]]),
-        "allow_items": rng.choice(
-            [None, None, [f"item-{rng.randrange(ITEMS)}" for _ in range(50)]]
-        ),
+        "allow_items": rng.choice([None, None, items_of(rng, 50)]),
     }
 
 
 def allowed_items(body: dict[str, Any]) -> set[str]:
-    members = {
-        None: range(ITEMS),
-        "even": range(0, ITEMS, 2),
-        "few": range(7),
-        ("even", "third"): range(0, ITEMS, 6),
-    }
     chosen = body["constraint_set"]
-    rows = members[tuple(chosen) if isinstance(chosen, list) else chosen]
+    rows = MEMBERS[tuple(chosen) if isinstance(chosen, list) else chosen]
     barred = set(body["exclude_items"])
     if body["exclude_history"]:
         barred |= set(body["history"])
@@ -54,45 +70,178 @@ def allowed_items(body: dict[str, Any]) -> set[str]:
     return listed if body["allow_items"] is None else listed & set(body["allow_items"])
 
 
+def check_answer(body: dict[str, Any], answer: dict[str, Any]) -> None:
+    found = [item["item_id"] for item in answer["items"]]
+    allowed = allowed_items(body)
+    assert len(found) == len(set(found)) == min(body["top_k"], len(allowed))
+    assert set(found) <= allowed
+    assert (answer["shortfall"] is None) == (len(found) == body["top_k"])
+
+
+class Caller:
+    """Asks for one thing after another and checks what comes."""
+
+    def __init__(self, running: Any, seed: int, counts: Counter[str]) -> None:
+        self._client = running.client
+        self._rng = random.Random(seed)
+        self._counts = counts
+
+    async def ask(self) -> None:
+        kinds = {
+            self._recommend: 12,
+            self._batch: 2,
+            self._score: 2,
+            self._complete: 2,
+            self._leave: 1,
+            self._ask_nonsense: 1,
+            self._read: 2,
+        }
+        (kind,) = self._rng.choices(list(kinds), list(kinds.values()))
+        await kind()
+        self._counts[kind.__name__] += 1
+
+    async def _recommend(self) -> None:
+        body = random_body(self._rng)
+        check_answer(body, await self._post("/v1/recommend", body))
+
+    async def _batch(self) -> None:
+        bodies = [random_body(self._rng) for _ in range(self._rng.randint(1, 6))]
+        response = await self._client.post("/v1/recommend/batch", json={"requests": bodies})
+        assert response.status_code == 200, response.text
+        lines = [json.loads(line) for line in response.text.splitlines()]
+        assert sorted(line["index"] for line in lines) == list(range(len(bodies)))
+        for line in lines:
+            assert line["status"] == 200, line
+            check_answer(bodies[line["index"]], line["answer"])
+
+    async def _score(self) -> None:
+        known = sorted(set(items_of(self._rng, 20)))
+        body = {"history": items_of(self._rng, 5), "items": [*known, "nobody's"]}
+        answer = await self._post("/v1/score", body)
+        assert [item["item_id"] for item in answer["items"]] == body["items"]
+        assert all(item["score"] <= 0 for item in answer["items"][:-1])
+        assert answer["unscored_items"] == ["nobody's"]
+
+    async def _complete(self) -> None:
+        history = items_of(self._rng, self._rng.randint(1, 6))
+        text = "".join(f"<item:{item}>" for item in history)
+        tokens = [4 + 8 * level + self._rng.randrange(8) for level in range(3)]
+        prompt = self._rng.choice([text, [text, text], [*tokens, START_TOKEN]])
+        body = {"prompt": prompt, "n": 3, "beam_width": 10, "stream": self._rng.random() < 0.5}
+        response = await self._client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        choices = response.json()["choices"] if not body["stream"] else streamed(response.text)
+        wanted = 3 * (2 if prompt == [text, text] else 1)
+        assert sorted(choice["index"] for choice in choices) == list(range(wanted))
+        assert {choice["item"]["item_id"] for choice in choices} <= {
+            f"item-{row}" for row in range(ITEMS)
+        }
+
+    async def _leave(self) -> None:
+        body = random_body(self._rng)
+        request = asyncio.create_task(self._client.post("/v1/recommend", json=body))
+        await asyncio.sleep(self._rng.random() * 0.01)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+    async def _ask_nonsense(self) -> None:
+        nonsense = {"history": ["nobody's"]}, {"history": [], "top_k": 10**6}, {"hystory": []}
+        response = await self._client.post("/v1/recommend", json=self._rng.choice(nonsense))
+        assert response.status_code == 422, response.text
+
+    async def _read(self) -> None:
+        paths = (
+            "/admin/jobs",
+            "/admin/releases",
+            "/admin/catalogs",
+            "/admin/constraint-sets",
+            "/admin/constraint-sets/even",
+            "/admin/tokenizers",
+            "/v1/models",
+            "/ready",
+            "/health",
+            "/metrics",
+        )
+        headers = {"Authorization": f"Bearer {KEY}"}
+        response = await self._client.get(self._rng.choice(paths), headers=headers)
+        assert response.status_code == 200, response.text
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        response = await self._client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+def streamed(text: str) -> list[dict[str, Any]]:
+    """Choices of server-sent events."""
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data:")]
+    assert events[-1] == "[DONE]"
+    return [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
+
+
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_every_answer_is_right_and_memory_is_flat(start_app: Any, real: Any) -> None:
-    running = await start_app(real)
-    ends = time.monotonic() + SECONDS
-    answered = 0
+def growth(samples: Sequence[tuple[float, int, int]]) -> float:
+    """Bytes between the fifth eighth and the last; by half time caches have filled."""
+    eighths = [
+        [size for at, size, _ in samples if eighth <= 8 * at / SECONDS < eighth + 1]
+        for eighth in (4, 7)
+    ]
+    settled, last = (statistics.median(sizes) for sizes in eighths)
+    return last - settled
 
-    async def client(seed: int) -> None:
-        nonlocal answered
-        rng = random.Random(seed)
-        while time.monotonic() < ends:
-            body = random_body(rng)
-            request = asyncio.create_task(running.post(body))
-            if rng.random() < 0.05:  # a caller that leaves
-                await asyncio.sleep(rng.random() * 0.01)
-                request.cancel()
-                await asyncio.gather(request, return_exceptions=True)
-                continue
-            response = await request
-            assert response.status_code == 200, response.text
-            answer = response.json()
-            found = [item["item_id"] for item in answer["items"]]
-            allowed = allowed_items(body)
-            assert len(found) == len(set(found)) == min(body["top_k"], len(allowed))
-            assert set(found) <= allowed
-            assert (answer["shortfall"] is None) == (len(found) == body["top_k"])
-            answered += 1
 
-    settled = 0
+async def test_every_answer_is_right_and_memory_is_flat(
+    start_app: Any, small_store: Any, tmp_path: Path
+) -> None:
+    ids = [f"item-{row}" for row in range(ITEMS)]
+    sets = {"even": ids[::2], "few": ids[:7], "third": ids[::3]}
+    for number in (2, 3):  # the same items, other semantic IDs
+        small_store.add(number, ids=ids, constraint_sets=sets)
+    small_store.activate(2)
+    running = await start_app(
+        store__path=str(small_store.root),
+        store__poll_s="0.1",
+        jobs__folder=str(tmp_path / "jobs"),
+        engine__kv_memory_mib="16",
+        admin__keys=KEY,
+    )
+    counts: Counter[str] = Counter()
+    samples: list[tuple[float, int, int]] = []
+    started = time.monotonic()
+    elapsed = lambda: time.monotonic() - started  # noqa: E731
+
+    async def call(seed: int) -> None:
+        caller = Caller(running, seed, counts)
+        while elapsed() < SECONDS:
+            await caller.ask()
 
     async def watch_memory() -> None:
-        nonlocal settled
-        await asyncio.sleep(SECONDS / 2)  # caches and allocators have filled by then
-        settled = resident_bytes()
+        while elapsed() < SECONDS:
+            samples.append((elapsed(), resident_bytes(), counts.total()))
+            await asyncio.sleep(SECONDS / 200)
 
-    await asyncio.gather(watch_memory(), *(client(seed) for seed in range(CLIENTS)))
-    assert answered > SECONDS * 5
+    async def swap() -> None:
+        number = 2
+        while elapsed() + SWAP_EVERY_S < SECONDS:
+            await asyncio.sleep(SWAP_EVERY_S)
+            number = 5 - number
+            await asyncio.to_thread(small_store.activate, number)
+
+    await asyncio.gather(watch_memory(), swap(), *(call(seed) for seed in range(CLIENTS)))
+    if REPORT is not None:
+        with Path(REPORT).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["seconds", "resident_mib", "requests"])
+            writer.writerows([round(at, 1), round(size / 2**20, 1), n] for at, size, n in samples)
+            writer.writerows([name.strip("_"), "", count] for name, count in counts.items())
+    assert len(counts) == 7, counts
+    assert counts.total() > SECONDS * 5
     assert running.service._batcher.queued_requests == 0
-    assert resident_bytes() - settled < MAX_GROWTH_BYTES
+    assert await running.metric("rectokens_swap_seconds_count") >= 2
+    assert await running.metric("rectokens_swap_failures_total") == 0
+    assert await running.metric('rectokens_rejected_total{reason="internal"}') == 0
+    assert growth(samples) < MAX_GROWTH_BYTES
