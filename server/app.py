@@ -8,11 +8,12 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from server.access.guard import documented_key
 from server.api import completions, health, models, recommend, recommend_batch, score
 from server.api.admin.auth import AdminGuard
 from server.api.admin.routers import ADMIN_PATH, UPLOADS_PATH, include_admin
 from server.api.handlers import install_error_handlers
-from server.api.middleware import add_middleware
+from server.api.middleware import OPEN_PATHS, add_middleware
 from server.following import StoreLink
 from server.proxy.app import mounted_proxy_app
 from server.proxy.service import Proxy
@@ -73,16 +74,17 @@ def create_app(
     app.state.service = service
     app.state.link = link
     app.state.job_watchers = set()
-    app.state.admin_guard = AdminGuard(settings.admin)
+    app.state.admin_guard = AdminGuard(settings.admin, settings.access.reload_s)
+    with_key = documented_key(settings)
     for router in (
         recommend.router,
         recommend_batch.router,
         score.router,
         completions.router,
         models.router,
-        health.router,
     ):
-        app.include_router(router)
+        app.include_router(router, dependencies=with_key)
+    app.include_router(health.router)
     include_admin(app)
     install_error_handlers(app, service.metrics)
 
@@ -93,7 +95,7 @@ def create_app(
         ADMIN_PATH: settings.admin.max_body_bytes,
     }
     if proxy is not None:
-        app.mount(PROXY_PATH, mounted_proxy_app(proxy))
+        app.mount(PROXY_PATH, mounted_proxy_app(settings, proxy))
         max_bytes_below[f"{PROXY_PATH}/"] = settings.proxy.max_body_bytes
     add_middleware(
         app,
@@ -102,5 +104,7 @@ def create_app(
         max_bytes=settings.limits.max_body_bytes,
         max_bytes_below=max_bytes_below,
         timeout_s_below={UPLOADS_PATH: settings.admin.upload_timeout_s},
+        # Below /admin/ there is a guard of its own.
+        open_paths=(*OPEN_PATHS, *(f"{PROXY_PATH}{path}" for path in OPEN_PATHS), ADMIN_PATH),
     )
     return app

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from server.access.command import add_access_commands
 from server.flags import proxy_fields, setting_flags, with_setting_flags
 from server.job_commands import add_job_commands
 from server.settings import Settings, SettingsError, load_settings
@@ -86,6 +87,8 @@ def proxy(flags: dict[str, Any]) -> None:
         code = run_proxy(settings)
     except (ProxyError, ListenError) as error:
         fail(str(error), 1)
+    except SettingsError as error:
+        fail(str(error), USAGE_ERROR)
     raise typer.Exit(code)
 
 
@@ -237,6 +240,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 add_job_commands(app)
+add_access_commands(app)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ class ErrorKind(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     OVERLOADED = "overloaded"
     DEADLINE_UNREACHABLE = "deadline_unreachable"
+    RATE_LIMITED = "rate_limited"
     CLIENT_GONE = "client_gone"
     INTERNAL = "internal"
     ENGINE_FAULT = "engine_fault"
@@ -56,6 +57,7 @@ class ErrorSpec:
 
 _INVALID = "invalid_request_error"
 _OVERLOAD = "overloaded_error"
+_RATE = "rate_limit_error"
 _UNAVAILABLE = "unavailable_error"
 _SERVER = "server_error"
 _TIMEOUT = "timeout_error"
@@ -79,6 +81,7 @@ ERROR_TABLE: dict[ErrorKind, ErrorSpec] = {
     ErrorKind.HEAD_TOO_LARGE: ErrorSpec(431, _INVALID),
     ErrorKind.OVERLOADED: ErrorSpec(429, _OVERLOAD),
     ErrorKind.DEADLINE_UNREACHABLE: ErrorSpec(429, _OVERLOAD),
+    ErrorKind.RATE_LIMITED: ErrorSpec(429, _RATE),
     # Nobody reads this answer; the status is for the log and the metrics.
     ErrorKind.CLIENT_GONE: ErrorSpec(499, _INVALID),
     ErrorKind.INTERNAL: ErrorSpec(500, _SERVER),

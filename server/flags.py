@@ -43,7 +43,11 @@ def proxy_fields() -> dict[SettingField, Sequence[str]]:
     for field in setting_fields():
         if field.group == "proxy":
             fields[field] = (field.flag.removeprefix("--proxy."),)
-        elif field.path in shared or field.group == "http" or field.path == "limits.body_timeout_s":
+        elif (
+            field.path in shared
+            or field.group in ("http", "access")
+            or field.path == "limits.body_timeout_s"
+        ):
             fields[field] = ()
     return fields
 

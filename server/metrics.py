@@ -37,6 +37,7 @@ class HttpMetrics:
     """
 
     def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
         self.registry = registry = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)

@@ -65,6 +65,7 @@ def run_service(
 
     Raises:
         ListenError: the address is taken or not ours.
+        SettingsError: a file of keys cannot be used.
     """
     configure_logging(settings.log_level)
     listener = listen(settings.host, settings.port)

@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.settings_operating import (
+    AccessSettings,
     AdminSettings,
     GateSettings,
     JobSettings,
@@ -121,6 +122,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     http: HttpSettings = HttpSettings()
     proxy: ProxySettings = ProxySettings()
+    access: AccessSettings = AccessSettings()
     store: StoreSettings = StoreSettings()
     jobs: JobSettings = JobSettings()
     admin: AdminSettings = AdminSettings()
@@ -143,6 +145,17 @@ class Settings(BaseSettings):
                     f"{env_name(low)} is {value_of(self, low)}; "
                     f"it may be at most {env_name(high)}, {value_of(self, high)}"
                 )
+        access = self.access
+        if access.keys_file is None and access.requests_per_minute is not None:
+            raise ValueError(
+                f"{env_name('access.requests_per_minute')} is {access.requests_per_minute}, but "
+                f"there are no callers to tell apart; set {env_name('access.keys_file')}"
+            )
+        if access.keys_file is not None and access.keys_file == self.admin.keys_file:
+            raise ValueError(
+                f"{env_name('access.keys_file')} and {env_name('admin.keys_file')} are both "
+                f"{access.keys_file}; callers would be operators"
+            )
         return self
 
 

@@ -137,7 +137,9 @@ class AdminSettings(SettingsGroup):
         "see.",
     )
     keys_file: Path | None = Field(
-        default=None, description="File with such keys, one a line; read at the start."
+        default=None,
+        description="File of such keys, hashed, as `python -m server new-key` writes it; looked at "
+        "again while the service runs.",
     )
     open_on_loopback: bool = Field(
         default=False,
@@ -191,6 +193,37 @@ class AdminSettings(SettingsGroup):
     def source_folders(self) -> dict[str, Path]:
         """The folders by name."""
         return {name: Path(folder) for name, _, folder in (e.partition("=") for e in self.sources)}
+
+
+class AccessSettings(SettingsGroup):
+    """Who may ask for recommendations. `/admin` has keys of its own."""
+
+    keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys, hashed, as `python -m server new-key` writes it; looked at "
+        "again while the service runs. Unset lets everybody in who can reach the service.",
+    )
+    reload_s: float = Field(
+        default=1.0,
+        ge=0,
+        le=3_600,
+        description="Time between two looks at a file of keys, this one and that of /admin, in "
+        "seconds.",
+    )
+    requests_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Requests a minute that one caller may make, unless its line in the file of "
+        "keys names another number; more is a 429. Unset is no limit.",
+    )
+    burst_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=3_600,
+        description="Requests that a caller may make at once after a rest: those of so much time, "
+        "in seconds.",
+    )
 
 
 class GateSettings(SettingsGroup):

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from rectokens.prompts.markup import ItemMention, split_mentions
 from rectokens.prompts.parts import TextPart
+from server.access.guard import charge
 from server.api.completion_schemas import (
     NEUTRAL_VALUES,
     CompletionRequest,
@@ -62,6 +63,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     release = service.require_release()
     _check_request(body, release)
     queries = _to_queries(body, service.settings, arrival_s)
+    charge(request, len(queries) - 1)
     found = await unless_disconnected(request, service.recommend_all(queries, release))
     answer = _to_wire(found, queries, release, time.monotonic() - arrival_s)
     if not body.stream:

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -17,6 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.guard import ApiKeys
+from server.access.middleware import ApiKeyMiddleware
 from server.api.responses import error_response
 from server.errors import INTERNAL_MESSAGE, ErrorKind
 from server.metrics import HttpMetrics
@@ -28,6 +30,8 @@ _log = structlog.get_logger(__name__)
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 _NO_TIMES: Mapping[str, float] = MappingProxyType({})
+# Of an app of ours, that need no API key: what they tell is for orchestrators and readers.
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
 REQUEST_ID_HEADER = "X-Request-ID"
 # Printable and harmless in a log or a header; anything else is replaced, not refused.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -41,8 +45,17 @@ def add_middleware(
     max_bytes: int,
     max_bytes_below: Mapping[str, int] = _NOTHING,
     timeout_s_below: Mapping[str, float] = _NO_TIMES,
+    open_paths: Collection[str],
 ) -> None:
-    """Put what happens around every request around an app; see ``BodyLimitMiddleware``."""
+    """Put what happens around every request around an app.
+
+    Args:
+        max_bytes: see ``BodyLimitMiddleware``, and the two after it.
+        open_paths: that need no API key where there are any; see ``ApiKeyMiddleware``.
+
+    Raises:
+        SettingsError: the file of API keys cannot be used.
+    """
     # The last one added is the outermost.
     app.add_middleware(
         BodyLimitMiddleware,
@@ -52,12 +65,16 @@ def add_middleware(
         max_bytes_below=max_bytes_below,
         timeout_s_below=timeout_s_below,
     )
+    if settings.access.keys_file is not None:
+        keys = ApiKeys(settings.access, prefix=metrics.prefix)
+        metrics.registry.register(keys)
+        app.add_middleware(ApiKeyMiddleware, metrics=metrics, keys=keys, open_paths=open_paths)
     if settings.http.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.http.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Content-Type", REQUEST_ID_HEADER],
+            allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
             expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
         )
     app.add_middleware(RequestContextMiddleware, metrics=metrics)

@@ -17,7 +17,13 @@ router = APIRouter(tags=["models"])
     "/v1/models",
     summary="What is served",
     response_model=ModelList,
-    responses=documented_errors(ErrorKind.LOADING, ErrorKind.DRAINING, ErrorKind.ENGINE_DEAD),
+    responses=documented_errors(
+        ErrorKind.UNAUTHORIZED,
+        ErrorKind.RATE_LIMITED,
+        ErrorKind.LOADING,
+        ErrorKind.DRAINING,
+        ErrorKind.ENGINE_DEAD,
+    ),
 )
 async def models(request: Request) -> Response:
     """The model with the versions of its catalog and tokenizer, in the OpenAI list shape."""

@@ -25,6 +25,7 @@ router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
 SEARCH_ERRORS = (
     ErrorKind.MALFORMED_JSON,
     ErrorKind.BAD_REQUEST,
+    ErrorKind.UNAUTHORIZED,
     ErrorKind.BODY_TIMEOUT,
     ErrorKind.BODY_TOO_LARGE,
     ErrorKind.UNSUPPORTED_MEDIA_TYPE,
@@ -33,6 +34,7 @@ SEARCH_ERRORS = (
     ErrorKind.PROMPT_TOO_LONG,
     ErrorKind.OVERLOADED,
     ErrorKind.DEADLINE_UNREACHABLE,
+    ErrorKind.RATE_LIMITED,
     ErrorKind.ENGINE_FAULT,
     ErrorKind.LOADING,
     ErrorKind.DRAINING,

@@ -16,6 +16,7 @@ from pydantic import Field
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.access.guard import charge
 from server.api.dependencies import service_of
 from server.api.limits import check_count, to_query
 from server.api.recommend import SEARCH_ERRORS, to_wire
@@ -123,6 +124,7 @@ async def recommend_batch(body: RecommendBatchRequest, request: Request) -> Resp
     service.require_release()
     limits = service.settings.limits
     check_count("requests", body.requests, limits.max_bulk_requests)
+    charge(request, len(body.requests) - 1)
     held = ExitStack()
     held.enter_context(service.bulk.stream())
 

@@ -8,8 +8,9 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from server.access.guard import documented_key
 from server.api.handlers import install_error_handlers
-from server.api.middleware import add_middleware
+from server.api.middleware import OPEN_PATHS, add_middleware
 from server.proxy import routes
 from server.proxy.service import Proxy
 from server.settings import Settings
@@ -27,7 +28,7 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
         settings: of HTTP and of the proxy.
         proxy: stopped when the app ends.
     """
-    app = mounted_proxy_app(proxy)
+    app = mounted_proxy_app(settings, proxy)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,11 +43,12 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
         settings,
         proxy.metrics,
         max_bytes=settings.proxy.max_body_bytes,
+        open_paths=OPEN_PATHS,
     )
     return app
 
 
-def mounted_proxy_app(proxy: Proxy) -> FastAPI:
+def mounted_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
     """The proxy's routes for an app that has its own middleware, and that stops the proxy."""
     app = FastAPI(
         title="rectokens proxy",
@@ -56,6 +58,7 @@ def mounted_proxy_app(proxy: Proxy) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.proxy = proxy
-    app.include_router(routes.router)
+    app.include_router(routes.router, dependencies=documented_key(settings))
+    app.include_router(routes.open_router)
     install_error_handlers(app, proxy.metrics)
     return app

@@ -77,6 +77,14 @@ class ProxyRequest:
     rest: dict[str, Any]
     stream: bool
 
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts there are; each costs as much as a request."""
+        if isinstance(self.prompt, TextsOrIds):
+            return len(self.prompt.prompts)
+        own = self.rest.get("prompt_embeds")
+        return max(len(own), 1) if isinstance(own, list) else 1
+
 
 def read_completion(body: Mapping[str, Any], settings: ProxySettings) -> ProxyRequest:
     """A body of ``/v1/completions``.

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from server.access.guard import charge
 from server.api.disconnect import unless_disconnected
 from server.api.responses import JSONResponse, documented_errors
 from server.api.sse import EventStream
@@ -24,16 +25,20 @@ from server.proxy.service import Proxy
 from server.proxy.upstream import Answer
 
 router = APIRouter(tags=["proxy"], route_class=StrictJsonRoute)
+# What orchestrators ask; no key is needed.
+open_router = APIRouter(tags=["operations"])
 
 _COMPLETIONS = "v1/completions"
 _ERRORS = documented_errors(
     ErrorKind.MALFORMED_JSON,
+    ErrorKind.UNAUTHORIZED,
     ErrorKind.BODY_TIMEOUT,
     ErrorKind.BODY_TOO_LARGE,
     ErrorKind.UNSUPPORTED_MEDIA_TYPE,
     ErrorKind.INVALID_VALUE,
     ErrorKind.PROMPT_TOO_LONG,
     ErrorKind.OVERLOADED,
+    ErrorKind.RATE_LIMITED,
     ErrorKind.DRAINING,
     ErrorKind.UPSTREAM_UNREACHABLE,
     ErrorKind.UPSTREAM_FAILED,
@@ -80,13 +85,13 @@ async def models(request: Request) -> Response:
         return _passed_on(answer)
 
 
-@router.get("/health", summary="Is the process alive?", responses=documented_errors())
+@open_router.get("/health", summary="Is the process alive?", responses=documented_errors())
 async def health() -> Response:
     """Nothing else is looked at."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get(
+@open_router.get(
     "/ready",
     summary="Are requests being answered?",
     responses=documented_errors(ErrorKind.DRAINING, ErrorKind.UPSTREAM_UNAVAILABLE),
@@ -109,7 +114,7 @@ async def ready(request: Request) -> Response:
     )
 
 
-@router.get(
+@open_router.get(
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
@@ -135,6 +140,7 @@ async def _answer(request: Request, *, chat: bool) -> Response:
         held.enter_context(proxy.in_flight())
         body = await _json_object(request)
         asked = (read_chat if chat else read_completion)(body, proxy.settings)
+        charge(request, asked.num_prompts - 1)
         headers = _headers(request, proxy)
         if asked.stream:
             opening = _open_stream(proxy, asked, headers)

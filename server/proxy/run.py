@@ -18,6 +18,7 @@ def run_proxy(settings: Settings) -> int:
     Raises:
         ProxyError: the upstream's URL, the model or the catalog cannot be used.
         ListenError: the address is taken or not ours.
+        SettingsError: the file of API keys cannot be used.
     """
     configure_logging(settings.log_level)
     proxy = load_proxy(settings, settings.model, settings.catalog)

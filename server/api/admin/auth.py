@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.security import HTTPBearer
 
+from server.access.keys import digest_of
+from server.access.keys_file import KeysFile
 from server.api.strict_json import StrictJsonRoute
 from server.errors import ErrorKind, ServiceError
-from server.settings import SettingsError, env_name
-from server.settings_operating import AdminSettings, require_admin_key
+from server.settings import env_name
+from server.settings_operating import AdminSettings
 
 # Documents the scheme; the route class below does the checking, before a body is read.
 BEARER = HTTPBearer(auto_error=False, scheme_name="AdminKey", description="A key of `admin.keys`.")
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
-_MAX_KEYS_FILE_BYTES = 1 << 20
 
 
 class AdminGuard:
@@ -34,16 +33,23 @@ class AdminGuard:
 
     Args:
         settings: of the admin API.
+        reload_s: seconds between two looks at the file of keys.
 
     Raises:
-        SettingsError: the file of keys cannot be read or holds a bad one.
+        SettingsError: the file of keys cannot be read, or does not say what it should.
     """
 
-    def __init__(self, settings: AdminSettings) -> None:
-        keys = [key.get_secret_value() for key in settings.keys]
+    def __init__(self, settings: AdminSettings, reload_s: float) -> None:
+        self._digests = [digest_of(key.get_secret_value()) for key in settings.keys]
+        self._file = None
         if settings.keys_file is not None:
-            keys += _keys_of_file(settings.keys_file)
-        self._digests = [_digest(key) for key in keys]
+            self._file = KeysFile(
+                settings.keys_file,
+                setting="admin.keys_file",
+                what="admin key",
+                reload_s=reload_s,
+                limits=False,
+            )
         self._open_on_loopback = settings.open_on_loopback
 
     def check(self, request: Request) -> None:
@@ -52,8 +58,14 @@ class AdminGuard:
         Raises:
             ServiceError: 401 for a missing or wrong key, 403 where there is no key to have.
         """
+        authorization = request.headers.get("authorization", "")
+        if self._file is not None:
+            self._file.look()
+            if not self._has_key(authorization):
+                self._file.key_of(authorization)
+            return
         if self._digests:
-            if not self._has_key(request.headers.get("authorization", "")):
+            if not self._has_key(authorization):
                 raise ServiceError(
                     ErrorKind.UNAUTHORIZED,
                     "the admin key is missing or wrong; send Authorization: Bearer KEY",
@@ -71,7 +83,7 @@ class AdminGuard:
 
     def _has_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        given = digest_of(key.strip())
         found = False
         for digest in self._digests:
             # All of them, each in the same time whatever was given.
@@ -94,29 +106,6 @@ class AdminRoute(StrictJsonRoute):
             return await handler(request)
 
         return guarded
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-
-
-def _keys_of_file(path: Path) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_KEYS_FILE_BYTES + 1)
-        if len(content) > _MAX_KEYS_FILE_BYTES:
-            raise ValueError(f"it has more than the {_MAX_KEYS_FILE_BYTES} bytes allowed")
-        keys = [line.strip() for line in content.decode("ascii").splitlines() if line.strip()]
-        if not keys:
-            raise ValueError("it holds no key")
-        for place, key in enumerate(keys, start=1):
-            require_admin_key(key, f"the key at place {place}")
-    except UnicodeDecodeError:
-        raise SettingsError(f"{env_name('admin.keys_file')} {path}: not ASCII") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise SettingsError(f"{env_name('admin.keys_file')} {path}: {reason}") from None
-    return keys
 
 
 def _is_of_this_machine(request: Request) -> bool:

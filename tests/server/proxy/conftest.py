@@ -270,7 +270,9 @@ def parts(store: Store) -> Any:
 
 @pytest.fixture
 async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
-    """``await start_proxy(catalog=False, url=None, **settings)``."""
+    """``await start_proxy(catalog=False, url=None, **settings)``; ``group__name`` is any setting,
+    other names are the proxy's own.
+    """
     from server.proxy.app import create_proxy_app
     from server.proxy.encoder import EmbedsEncoder
     from server.proxy.service import Proxy
@@ -282,7 +284,9 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
         async def start(
             *, catalog: bool = False, url: str | None = None, **flags: Any
         ) -> RunningProxy:
-            named = {f"proxy.{k}": v for k, v in flags.items()}
+            named = {
+                k.replace("__", ".") if "__" in k else f"proxy.{k}": v for k, v in flags.items()
+            }
             settings = load_settings({"proxy.upstream": url or upstream.url, **named})
             chosen = settings.proxy
             encoder = EmbedsEncoder(

@@ -8,6 +8,7 @@ import hmac
 import httpx
 import pytest
 
+from server.access.keys import ApiKey, digest_of, new_key
 from server.api.admin import auth
 from server.settings import SettingsError
 
@@ -122,7 +123,7 @@ async def test_wrong_keys(start_app, dummy, authorization):
 
 async def test_each_of_several_keys_opens(start_app, dummy, tmp_path):
     file = tmp_path / "keys"
-    file.write_text("\nthe-third-key-in-a-file\n\n")
+    file.write_text(ApiKey("ops", digest_of("the-third-key-in-a-file")).line())
     running = await start_app(
         dummy.make_release(), admin__keys=f"{KEY}, {OTHER}", admin__keys_file=str(file)
     )
@@ -131,7 +132,30 @@ async def test_each_of_several_keys_opens(start_app, dummy, tmp_path):
     assert await running.metric('rectokens_rejected_total{reason="unauthorized"}') == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"short\n", "schlüssel-mit-umlaut".encode()])
+async def test_keys_of_the_file_are_replaced_while_the_service_runs(start_app, dummy, tmp_path):
+    old, new = new_key(), new_key()
+    file = tmp_path / "keys"
+    file.write_text(ApiKey("ops", digest_of(old)).line())
+    running = await start_app(
+        dummy.make_release(), admin__keys_file=str(file), access__reload_s="0"
+    )
+
+    async def status(key):
+        return (await running.client.post("/admin/resume", headers=bearer(key))).status_code
+
+    assert (await status(old), await status(new)) == (200, 401)
+    file.write_text(ApiKey("ops", digest_of(new)).line())
+    assert (await status(old), await status(new)) == (401, 200)
+    file.write_text("")  # nobody; not everybody
+    assert (await status(old), await status(new)) == (401, 401)
+    file.write_text(ApiKey("ops", digest_of(new), expires_s=1.0).line())
+    refused = await running.client.post("/admin/resume", headers=bearer(new))
+    assert refused.json()["error"]["message"] == "the admin key of ops has expired"
+
+
+@pytest.mark.parametrize(
+    "content", [b"the-key-itself-and-not-its-hash\n", "schlüssel".encode(), b"\xff"]
+)
 async def test_a_bad_file_of_keys_stops_the_start(start_app, dummy, tmp_path, content):
     file = tmp_path / "keys"
     file.write_bytes(content)
