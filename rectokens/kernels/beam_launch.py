@@ -28,8 +28,9 @@ class StepSettings:
     Attributes:
         whole: children of a row that one tile holds at most; from there on rows are cut.
         tile: pairs of a tile, rows times children, roughly.
+        warp: pairs of a tile that a warp takes.
         programs: programs that fill the device twice over; fewer rows a tile where needed.
-        waves: times ``programs`` that share the tiles of cut rows, at most.
+        waves: times ``programs`` that share cut rows, at most.
         direct: pairs of a request up to which all of them are ranked, without a short list.
         pairs_a_copy: pairs of a request for which it gets another copy of its histogram.
         copies: copies of a histogram, at most.
@@ -42,16 +43,17 @@ class StepSettings:
 
     whole: int = 1024
     tile: int = 1024
+    warp: int = 128
     programs: int = 264
     waves: int = 4
     direct: int = 2048
     pairs_a_copy: int = 1 << 15
     copies: int = 16
     own: int = 16
-    share: int = 2048
+    share: int = 1024
     readers: int = 132
     room_factor: int = 2
-    early: bool = False
+    early: bool = True
 
 
 DEFAULT = StepSettings()
@@ -89,7 +91,7 @@ def step(
            scratch, settings, copies=0 if direct else copies)  # fmt: skip
     batch, counters = buffers.batch, scratch.counters[depth]
     sizes = {"COUNTERS_": kernels.COUNTERS, "BINS_": kernels.BINS}
-    early = _early(settings)
+    early = _early(buffers.device, settings)
     capacity, row = scratch.keys.shape[1], scratch.histogram.stride(0)
     room = capacity if direct else scratch.candidates.shape[1]
     if not direct:
@@ -160,6 +162,7 @@ class _Scratch:
         histogram: int32 (B, copies, BINS); zero between steps.
         counters: int32 (L, B, COUNTERS), zero at the start of a search.
         rows: float32 (B, W, 4), normalisers of the rows.
+        parts: float32 (at most, 8), what programs that share a row found in their parts.
         candidates: int64 (B, room), the short list.
     """
 
@@ -167,6 +170,7 @@ class _Scratch:
     histogram: Tensor
     counters: Tensor
     rows: Tensor
+    parts: Tensor
     candidates: Tensor
 
 
@@ -187,6 +191,9 @@ def _scratch_of(buffers: BeamBuffers, settings: StepSettings) -> _Scratch:
                 (shapes.num_levels, batch, kernels.COUNTERS), dtype=torch.int32, device=device
             ),
             rows=torch.empty((batch, shapes.width, 4), device=device),
+            parts=torch.empty(
+                (max(batch * shapes.width, settings.programs * settings.waves), 8), device=device
+            ),
             candidates=torch.empty((batch, room), dtype=torch.long, device=device),
         )
     return buffers.scratch
@@ -209,14 +216,9 @@ def _score(
     shapes, batch = buffers.shapes, buffers.batch
     level = shapes.levels[depth]
     rows_in = logits.shape[1]
-    whole = level.max_children <= settings.whole
-    early = _early(settings)
-    forms = {
-        "BELOW": shapes.num_levels - depth - 1,
-        "COMPACT": compact,
-        "HAS_VOCAB": vocab_log_norm is not None,
-        "HAS_LEVEL": level_log_norm is not None,
-    }
+    early = _early(buffers.device, settings)
+    forms = {"BELOW": shapes.num_levels - depth - 1, "COMPACT": compact,
+             "HAS_LEVEL": level_log_norm is not None}  # fmt: skip
     norms = [
         scratch.rows if norm is None else norm.float().contiguous()
         for norm in (vocab_log_norm, level_log_norm)
@@ -227,42 +229,60 @@ def _score(
         requests.exclusion_end, requests.exclusion_counts,
     )  # fmt: skip
     sizes = (logits.stride(0), logits.stride(1), rows_in, shapes.width, shapes.codebook_size)
-    if whole:
+    parts, rows, tiles = 0, 1, 1
+    if level.max_children <= settings.whole:
         rows, block = _tile(level, rows_in * batch, settings)
     else:
-        rows, block = 1, min(max(triton.next_power_of_2(int(level.typical_children)), 256), 1024)
-        block = min(block, settings.tile)
-        long_block = min(max(triton.next_power_of_2(int(level.typical_children)), block), 4096)
-        kernels.stats_kernel[(rows_in, batch)](
-            table.entries, buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
-            logits, *norms, *asked, buffers.poisoned, scratch.rows, *sizes, **forms,
-            BLOCK=long_block, LEVEL_BLOCK=1024, **early,
-            num_warps=max(1, min(16, long_block // 256)))  # fmt: skip
-    # As many programs a row as fill the device, or as a row of the longest has tiles.
-    tiles = triton.cdiv(settings.programs * settings.waves, rows_in * batch)
-    tiles = 1 if whole else min(tiles, triton.cdiv(level.max_children, block))
+        parts = _parts(level, rows_in * batch, settings)
+        block = _cut(level, rows_in * batch, settings)
+        # As many programs a row as fill the device, or as a row of the longest has tiles.
+        tiles = triton.cdiv(settings.programs * settings.waves, rows_in * batch)
+        tiles = min(tiles, triton.cdiv(level.max_children, block))
+        stats_block = min(max(_children_a_part(level, parts), 128), 4096)
+        kernels.stats_kernel[(rows_in, parts, batch)](
+            table.entries, buffers.nodes[depth], buffers.scores[depth], logits, *asked,
+            buffers.poisoned, scratch.parts, *sizes, **forms, PARTS=parts, BLOCK=stats_block,
+            **early, num_warps=max(1, min(16, stats_block // 256)))  # fmt: skip
     kernels.score_kernel[(triton.cdiv(rows_in, rows), tiles, batch)](
         table.entries, buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
-        buffers.perturbed[depth], logits, *norms, *asked, buffers.poisoned, scratch.rows,
-        scratch.keys, scratch.counters[depth], scratch.histogram, *sizes, scratch.keys.shape[1],
-        max(copies, 1), scratch.histogram.stride(0), **forms, WHOLE=whole, COUNT=copies > 0,
-        ROWS=rows, BLOCK=block, LEVEL_BLOCK=max(1024 // rows, 16),
-        COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS, **early,
-        num_warps=_warps(rows * block))  # fmt: skip
+        buffers.perturbed[depth], logits, *norms, *asked, buffers.poisoned, scratch.parts,
+        scratch.rows, scratch.keys, scratch.counters[depth], scratch.histogram, *sizes,
+        scratch.keys.shape[1], max(copies, 1), scratch.histogram.stride(0), **forms,
+        HAS_VOCAB=vocab_log_norm is not None, PARTS=parts, COUNT=copies > 0, ROWS=rows, BLOCK=block,
+        LEVEL_BLOCK=max(1024 // rows, 16), COUNTERS_=kernels.COUNTERS, BINS_=kernels.BINS, **early,
+        num_warps=max(1, min(8, rows * block // settings.warp)))  # fmt: skip
 
 
-def _early(settings: StepSettings) -> dict[str, bool]:
-    """Launch a kernel while the one before still runs; it waits for it by itself."""
-    return {"EARLY": True, "launch_pdl": True} if settings.early else {"EARLY": False}
+def _parts(level: LevelShape, rows: int, settings: StepSettings) -> int:
+    """Programs that look at a long row, so that all rows together fill the device."""
+    wanted = max(settings.programs * settings.waves // rows, 1)
+    parts = 1 << min(wanted.bit_length() - 1, 3)
+    return min(parts, int(triton.next_power_of_2(triton.cdiv(level.max_children, 1024))))
+
+
+def _children_a_part(level: LevelShape, parts: int) -> int:
+    return int(triton.next_power_of_2(max(int(level.typical_children) // parts, 1)))
+
+
+def _cut(level: LevelShape, rows: int, settings: StepSettings) -> int:
+    """Children of a tile of a long row."""
+    share = level.max_children * rows // settings.programs
+    most = _children_a_part(level, 1)
+    return min(max(int(triton.next_power_of_2(max(share, 1))), 128), max(most, 128), settings.tile)
+
+
+def _early(device: torch.device, settings: StepSettings) -> dict[str, bool]:
+    """Launch a kernel while the one before still runs, and waits for it; from Hopper on."""
+    if not settings.early or device.type != "cuda":
+        return {"EARLY": False}
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def _copies(level: LevelShape, settings: StepSettings) -> int:
     wanted = triton.next_power_of_2(max(level.pairs // settings.pairs_a_copy, 1))
     return min(int(wanted), settings.copies)
-
-
-def _warps(pairs: int) -> int:
-    return 16 if pairs > 4096 else max(1, min(8, pairs // 128))
 
 
 def _tile(level: LevelShape, rows: int, settings: StepSettings) -> tuple[int, int]:

@@ -31,6 +31,27 @@ _SIGN = tl.constexpr(-(1 << 63))
 
 
 @triton.jit
+def _last_bin(histogram_ptr, copies, wanted, BINS_: tl.constexpr):
+    """The bin that the `wanted`-th best key lies in, its keys, and those with the better bins'."""
+    GROUPS: tl.constexpr = 64
+    SIZE: tl.constexpr = BINS_ // GROUPS
+    groups, places = tl.arange(0, GROUPS), tl.arange(0, SIZE)
+    inside = tl.zeros((GROUPS, SIZE), tl.int32)
+    for copy in range(copies):
+        bins = copy * BINS_ + groups[:, None] * SIZE + places[None, :]
+        inside += tl.load(histogram_ptr + bins)
+    whole = tl.sum(inside, axis=1)
+    reached = tl.cumsum(whole, axis=0, reverse=True)
+    group = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), axis=0) - 1, 0)
+    above = tl.sum(tl.where(groups > group, whole, 0), axis=0)
+    ones = tl.sum(tl.where(groups[:, None] == group, inside, 0), axis=0)
+    reached = above + tl.cumsum(ones, axis=0, reverse=True)
+    place = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), axis=0) - 1, 0)
+    with_last = tl.sum(tl.where(places == place, reached, 0), axis=0)
+    return group * SIZE + place, tl.sum(tl.where(places == place, ones, 0), axis=0), with_last
+
+
+@triton.jit
 def _digits(key):
     """Keys as unsigned numbers of the same order."""
     return (key ^ _SIGN).to(tl.uint64)
@@ -89,20 +110,15 @@ def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidate
     if (begin >= count) & (not spare):
         return
     wanted = tl.load(beam_width_ptr + request)
-    bins = tl.arange(0, BINS_)
-    inside = tl.zeros((BINS_,), tl.int32)
-    for copy in range(copies):
-        inside += tl.load(histogram_ptr + request * histogram_row + copy * BINS_ + bins)
-    reached = tl.cumsum(inside, axis=0, reverse=True)
-    last = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), axis=0) - 1, 0)
-    with_last = tl.sum(tl.where(bins == last, reached, 0), axis=0)
+    last, inside, with_last = _last_bin(histogram_ptr + request * histogram_row, copies, wanted,
+                                        BINS_)  # fmt: skip
     crowded = with_last > room
     keys_ptr += request * capacity
     candidates_ptr += request * room
     if spare:
         if crowded:
-            above = tl.sum(tl.where(bins == last, reached - inside, 0), axis=0)
-            least = _least_of_bin(keys_ptr, count, last, wanted - above, BLOCK)
+            need = wanted - (with_last - inside)
+            least = _least_of_bin(keys_ptr, count, last, need, BLOCK)
             for start in range(0, count, BLOCK):
                 place = start + tl.arange(0, BLOCK)
                 key = tl.load(keys_ptr + place, mask=place < count, other=NO_KEY)

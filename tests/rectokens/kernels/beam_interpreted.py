@@ -43,6 +43,7 @@ FORMS = {
     "short list": launch.StepSettings(direct=0),
     "short list, small": launch.StepSettings(direct=0, **SMALL),
     "cut rows": launch.StepSettings(direct=0, whole=0, **SMALL),
+    "cut rows, parts": launch.StepSettings(direct=0, whole=0, **{**SMALL, "programs": 64}),
     "cut rows, direct": launch.StepSettings(direct=1 << 20, whole=0, tile=16),
     "copies": launch.StepSettings(direct=0, pairs_a_copy=2, copies=4, **SMALL),
 }

@@ -21,7 +21,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INT64 = ("table_ptr", "keys_ptr", "candidates_ptr", "prefixes_ptr", "seed_ptr", "logits_batch",
          "logits_beam", "hidden_batch", "hidden_beam", "weight_code")  # fmt: skip
 FLOAT32 = ("scores_ptr", "log_probs_ptr", "perturbed_ptr", "vocab_ptr", "level_ptr",
-           "temperature_ptr", "rows_ptr", "new_scores_ptr", "new_code_scores_ptr",
+           "temperature_ptr", "rows_ptr", "parts_ptr", "new_scores_ptr", "new_code_scores_ptr",
            "new_log_probs_ptr", "new_perturbed_ptr", "code_scores_ptr")  # fmt: skip
 DATA = ("logits_ptr", "hidden_ptr", "weight_ptr", "bias_ptr")
 SIZES = {"COUNTERS_": kernels.COUNTERS, "BINS_": kernels.BINS}
@@ -64,19 +64,21 @@ def compile_(kernel, tmp_path, dtype="fp32", warps=4, **constants):
 @pytest.mark.parametrize("compact", [False, True])
 def test_score_of_whole_rows(tmp_path, rows, block, warps, compact):
     compile_(kernels.score_kernel, tmp_path, "bf16", warps, BELOW=2, COMPACT=compact,
-             HAS_VOCAB=True, HAS_LEVEL=compact, WHOLE=True, COUNT=not compact, ROWS=rows,
+             HAS_VOCAB=True, HAS_LEVEL=compact, PARTS=0, COUNT=not compact, ROWS=rows,
              BLOCK=block, LEVEL_BLOCK=1024 // rows, **SIZES)  # fmt: skip
 
 
-def test_score_of_cut_rows(tmp_path):
-    forms = {"BELOW": 1, "COMPACT": False, "HAS_VOCAB": False, "HAS_LEVEL": False}
-    compile_(kernels.score_kernel, tmp_path, warps=8, WHOLE=False, COUNT=True, ROWS=1, BLOCK=1024,
-             LEVEL_BLOCK=1024, **forms, **SIZES)  # fmt: skip
-    compile_(kernels.stats_kernel, tmp_path, warps=16, BLOCK=4096, LEVEL_BLOCK=1024, **forms)
+@pytest.mark.parametrize(("parts", "block", "warps"), [(1, 1024, 8), (8, 128, 1)])
+def test_score_of_cut_rows(tmp_path, parts, block, warps):
+    forms = {"BELOW": 1, "COMPACT": False, "HAS_LEVEL": False, "PARTS": parts}
+    compile_(kernels.score_kernel, tmp_path, warps=warps, HAS_VOCAB=False, COUNT=True, ROWS=1,
+             BLOCK=block, LEVEL_BLOCK=1024, **forms, **SIZES)  # fmt: skip
+    compile_(kernels.stats_kernel, tmp_path, warps=4 if parts > 1 else 16,
+             BLOCK=1024 if parts > 1 else 4096, **forms)  # fmt: skip
 
 
 def test_selection(tmp_path):
-    compile_(select.pick_kernel, tmp_path, warps=8, BLOCK=2048, **SIZES)
+    compile_(select.pick_kernel, tmp_path, warps=8, BLOCK=1024, **SIZES)
 
 
 @pytest.mark.parametrize("direct", [False, True])
