@@ -13,20 +13,28 @@ from rectokens.kernels.optional_triton import tl, triton
 
 
 @triton.jit
-def excluded_before(exclusions_ptr, counts_ptr, start, count, item, live):
-    """Of a request's exclusions, those below `item` that are in its constraint set."""
-    lo = tl.zeros_like(item)
-    hi = lo + count
+def listed_within(list_ptr, counts_ptr, start, count, lo, hi, live):
+    """Of a request's list, those in [lo, hi) that are in its constraint set."""
+    # Places of both ends in one search, so that the loads of one wait beside the other's.
+    lo_from = tl.zeros_like(lo)
+    lo_to = lo_from + count
+    hi_from = lo_from
+    hi_to = lo_to
     left = count
     while left > 0:
-        middle = (lo + hi) // 2
-        open_ = live & (lo < hi)
-        value = tl.load(exclusions_ptr + start + middle, mask=open_, other=0)
-        right = open_ & (value < item)
-        hi = tl.where(open_ & (value >= item), middle, hi)
-        lo = tl.where(right, middle + 1, lo)
+        lo_middle = (lo_from + lo_to) // 2
+        hi_middle = (hi_from + hi_to) // 2
+        lo_open = live & (lo_from < lo_to)
+        hi_open = live & (hi_from < hi_to)
+        lo_value = tl.load(list_ptr + start + lo_middle, mask=lo_open, other=0)
+        hi_value = tl.load(list_ptr + start + hi_middle, mask=hi_open, other=0)
+        lo_to = tl.where(lo_open & (lo_value >= lo), lo_middle, lo_to)
+        lo_from = tl.where(lo_open & (lo_value < lo), lo_middle + 1, lo_from)
+        hi_to = tl.where(hi_open & (hi_value >= hi), hi_middle, hi_to)
+        hi_from = tl.where(hi_open & (hi_value < hi), hi_middle + 1, hi_from)
         left = left // 2
-    return tl.load(counts_ptr + lo, mask=live, other=0)
+    within = tl.load(counts_ptr + hi_from, mask=live, other=0)
+    return within - tl.load(counts_ptr + lo_from, mask=live, other=0)
 
 
 @triton.jit
@@ -49,8 +57,7 @@ def items_left(lo, hi, live, prefix, listed, exclusions_ptr, counts_ptr, start, 
         sums = prefix.to(tl.pointer_type(tl.int32))
         left = tl.load(sums + hi, mask=live, other=0) - tl.load(sums + lo, mask=live, other=0)
     if (count > 0) | (listed != 0):
-        inside = excluded_before(exclusions_ptr, counts_ptr, start, count, hi, live)
-        inside -= excluded_before(exclusions_ptr, counts_ptr, start, count, lo, live)
+        inside = listed_within(exclusions_ptr, counts_ptr, start, count, lo, hi, live)
         left = tl.where(listed != 0, inside, left - inside)
     return left
 
