@@ -53,7 +53,7 @@ class StepSettings:
     share: int = 1024
     readers: int = 132
     room_factor: int = 2
-    early: bool = True
+    early: bool = False
 
 
 DEFAULT = StepSettings()
