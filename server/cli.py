@@ -67,7 +67,8 @@ def serve(flags: dict[str, Any]) -> None:
 @app.command()
 @setting_flags(proxy_fields())
 def proxy(flags: dict[str, Any]) -> None:
-    """Send prompts as compressed embeddings: --upstream URL --model DIR [--catalog DIR].
+    """Send prompts as compressed embeddings: --upstream URL --model DIR [--catalog DIR], or
+    --store.path DIR_OR_URL for the model and the catalog that are active in a store at the start.
 
     Takes OpenAI's completions and chats; holds the model's tokenizer and its input embeddings,
     not the model. With a catalog, prompts may name items as <item:ID>.
@@ -76,8 +77,15 @@ def proxy(flags: dict[str, Any]) -> None:
     used, 2 for a setting that is unknown or not allowed.
     """
     settings = settings_or_exit(flags)
-    if settings.proxy.upstream is None or settings.model is None:
-        fail("nothing to send prompts to; give --upstream and --model", USAGE_ERROR)
+    if settings.store.path is not None and (settings.model or settings.catalog):
+        fail(
+            "--store.path names the model and the catalog; leave out --model and --catalog",
+            USAGE_ERROR,
+        )
+    if settings.proxy.upstream is None or (settings.model or settings.store.path) is None:
+        fail(
+            "nothing to send prompts to; give --upstream, and --model or --store.path", USAGE_ERROR
+        )
 
     from server.proxy.errors import ProxyError
     from server.proxy.run import run_proxy
@@ -116,6 +124,12 @@ def demo(
         bool | None,
         typer.Option("--serve/--no-serve", help="Serve the result; unless --evaluate is given."),
     ] = None,
+    activate: Annotated[
+        bool,
+        typer.Option(
+            "--activate", help="Make it the active release of --out, if none is active there yet."
+        ),
+    ] = False,
 ) -> None:
     """Build a demo once, from generated data or from --data DIR, and serve it.
 
@@ -129,7 +143,7 @@ def demo(
             USAGE_ERROR,
         )
 
-    from server.demo.command import curl_example, run_demo
+    from server.demo.command import activate_first, curl_example, run_demo
     from server.demo.evaluate import EvaluationError
     from server.demo.running import ServerStartError
 
@@ -143,6 +157,8 @@ def demo(
             evaluate=evaluate,
             evaluate_users=evaluate_users,
         )
+        if activate:
+            activate_first(out, result.release)
     except (ValueError, OSError, ServerStartError, EvaluationError) as error:
         fail(str(error), 1)
     if serve or (serve is None and not evaluate):

@@ -38,16 +38,13 @@ def setting_flags(
 
 def proxy_fields() -> dict[SettingField, Sequence[str]]:
     """Settings that the proxy heeds as a process of its own; ``--proxy.name`` is ``--name`` too."""
-    shared = ("model", "catalog", "host", "port", "log_level", "drain_timeout_s")
+    shared = {"model", "catalog", "host", "port", "log_level", "drain_timeout_s"}
+    shared |= {"store.path", "store.cache", "limits.body_timeout_s"}
     fields: dict[SettingField, Sequence[str]] = {}
     for field in setting_fields():
         if field.group == "proxy":
             fields[field] = (field.flag.removeprefix("--proxy."),)
-        elif (
-            field.path in shared
-            or field.group in ("http", "access")
-            or field.path == "limits.body_timeout_s"
-        ):
+        elif field.path in shared or field.group in ("http", "access"):
             fields[field] = ()
     return fields
 

@@ -17,12 +17,14 @@ from prometheus_client import (
     generate_latest,
 )
 
+from server.device_metrics import DeviceMemoryCollector
 from server.prefix_cache_metrics import PrefixCacheCollector
 
 if TYPE_CHECKING:
     from rectokens.artifacts.activation import Activation
     from server.batching.batcher import Batcher
     from server.release import Release
+    from server.settings_serving import BatchingSettings
 
 # From an idle H200 to a saturated CPU, roughly doubling.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -130,6 +132,12 @@ class Metrics(HttpMetrics):
         self._queued_beam_rows = Gauge(
             "rectokens_queue_beam_rows", "Their beam rows.", registry=registry
         )
+        self._limits = Gauge(
+            "rectokens_batching_limit",
+            "Most that the settings allow of what the label names: of a batch, and waiting.",
+            ["of"],
+            registry=registry,
+        )
         self._items_returned = Counter(
             "rectokens_items_returned", "Items in answers.", registry=registry
         )
@@ -194,6 +202,18 @@ class Metrics(HttpMetrics):
 
         self._prefix_cache = PrefixCacheCollector()
         registry.register(self._prefix_cache)
+        self._device_memory = DeviceMemoryCollector()
+        registry.register(self._device_memory)
+
+    def limits_set(self, batching: BatchingSettings) -> None:
+        """What batches and the queue may hold, so that fill and headroom can be told."""
+        for of, limit in (
+            ("batch_requests", batching.max_requests),
+            ("batch_beam_rows", batching.max_beam_rows),
+            ("queue_requests", batching.max_queued_requests),
+            ("queue_beam_rows", batching.max_queued_beam_rows),
+        ):
+            self._limits.labels(of=of).set(limit)
 
     def watch_queue(self, batcher: Batcher) -> None:
         """Report the batcher's queue depth whenever the metrics are read."""
@@ -211,6 +231,7 @@ class Metrics(HttpMetrics):
         ).set(1)
         self._catalog_items.set(release.catalog.num_items)
         self._prefix_cache.watch(release.engine)
+        self._device_memory.watch(release.trie.device)
         made_s = release.catalog_created_s
         if made_s is not None:
             self._catalog_age.set_function(lambda: time.time() - made_s)

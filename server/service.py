@@ -77,6 +77,7 @@ class Service:
             self.metrics,
         )
         self.metrics.watch_queue(self._batcher)
+        self.metrics.limits_set(batching)
         self._recommender = Recommender(
             self._batcher, batching.prepare_threads, batching.max_queued_embeds
         )

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rectokens.artifacts.open_store import open_release_store
+from rectokens.artifacts.release_store import ActivationConflictError
 from server.demo import build, training
 from server.demo.amazon import load_amazon
 from server.demo.data import DemoData, leave_one_out
@@ -98,6 +100,24 @@ def build_demo(
     console = console or Console(stderr=True)
     with _fixed_threads(), _quiet_transformers(), _events(console) as events:
         return build.build_release(data, out, recipe, events)
+
+
+def activate_first(out: Path, release: Path, *, console: Console | None = None) -> None:
+    """Make a release the active one of its store, unless the store has one already.
+
+    Raises:
+        ArtifactError: the store or the release is damaged.
+    """
+    console = console or Console(stderr=True)
+    store = open_release_store(str(out))
+    active = store.active()
+    if active is None:
+        try:
+            active = store.activate(release.name, expected_active=None, note="the demo")
+        except ActivationConflictError:
+            active = store.active()  # somebody was quicker
+    if active is not None:
+        console.print(f"active in the store: release {active.release}", highlight=False)
 
 
 def run_demo(

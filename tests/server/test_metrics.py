@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from server.device_metrics import DeviceMemoryCollector
 
 
 @pytest.fixture
@@ -23,6 +26,9 @@ EXPECTED = [
     "rectokens_shortfall_total",
     "rectokens_catalog_info",
     "rectokens_catalog_items",
+    "rectokens_batching_limit",
+    "rectokens_gpu_memory_bytes",
+    "rectokens_gpu_memory_total_bytes",
     "rectokens_prefix_cache_queried_tokens_total",
     "rectokens_prefix_cache_hit_tokens_total",
     "rectokens_prefix_cache_evictions_total",
@@ -80,3 +86,36 @@ async def test_the_catalog_info_follows_the_active_release(running, dummy):
     running.service.activate(dummy.make_release(model_version="model0000000000b"))
     assert await running.metric(info.format("model0000000000a")) == 0
     assert await running.metric(info.format("model0000000000b")) == 1
+
+
+async def test_the_limits_of_batches_and_the_queue_are_told(running):
+    batching = running.service.settings.batching
+    for of, limit in (
+        ("batch_requests", batching.max_requests),
+        ("batch_beam_rows", batching.max_beam_rows),
+        ("queue_requests", batching.max_queued_requests),
+        ("queue_beam_rows", batching.max_queued_beam_rows),
+    ):
+        assert await running.metric(f'rectokens_batching_limit{{of="{of}"}}') == limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_memory_of_the_gpu_is_torchs_account():
+    collector = DeviceMemoryCollector()
+    held = torch.empty(1 << 20, device="cuda")
+    collector.watch(held.device)
+    figures = {
+        tuple(sample.labels.values()): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
+    assert held.nbytes <= figures["allocated",] <= figures["reserved",]
+    name = torch.cuda.get_device_properties(0).name
+    assert figures["reserved",] <= figures[name,] == torch.cuda.mem_get_info(0)[1]
+
+
+def test_a_cpu_has_no_figures_of_a_gpu():
+    collector = DeviceMemoryCollector()
+    collector.watch(torch.device("cpu"))
+    assert [family.samples for family in collector.collect()] == [[], []]

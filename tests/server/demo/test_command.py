@@ -6,12 +6,15 @@ import gzip
 import io
 import json
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from server.demo.command import curl_example, demo_recipe, load_data, run_demo
+from rectokens.artifacts.open_store import open_release_store
+from server.demo.command import activate_first, curl_example, demo_recipe, load_data, run_demo
 from server.demo.data import DataFolderError
 
 
@@ -55,6 +58,25 @@ def test_from_a_data_folder_to_figures_measured_through_http(tmp_path, tiny_data
     again = run_demo(folder, tmp_path / "store", epochs=1, console=quiet())
     assert again.release == result.release
     assert again.evaluation is None
+
+
+def test_a_release_is_activated_where_none_is(tiny_store, tmp_path):
+    out = shutil.copytree(tiny_store, tmp_path / "store")
+    (release,) = (out / "releases").iterdir()
+    console = quiet()
+    for _ in range(2):
+        activate_first(out, release, console=console)
+        active = open_release_store(out).active()
+        assert (active.release, active.sequence) == (release.name, 1)
+        assert release.name in console.file.getvalue()
+
+
+def test_a_release_that_is_active_stays(small_store):
+    active = small_store.releases[1]
+    console = quiet()
+    activate_first(small_store.root, Path(small_store.add(2)), console=console)
+    assert small_store.store.active().release == active
+    assert active in console.file.getvalue()
 
 
 def test_bad_arguments_leave_nothing_behind(tmp_path):

@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rectokens.artifacts.model import RetrievalSpec
+from rectokens.artifacts.open_store import open_release_store
 from rectokens.prompts.recipe import PromptRecipe
 from server.flags import proxy_fields
 from server.proxy.embedding_table import EmbeddingTable, open_embedding_table
 from server.proxy.encoder import EmbedsEncoder
 from server.proxy.errors import ProxyError
+from server.proxy.run import run_proxy
 from server.proxy.service import load_proxy
 from server.settings import SettingsError, load_settings, setting_fields
 
@@ -215,7 +217,8 @@ def test_help_has_every_setting_under_both_names():
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (["proxy"], 2, "give --upstream and --model"),
+        (["proxy"], 2, "give --upstream, and --model or --store.path"),
+        (["proxy", "--upstream", "http://x", "--store.path", "s", "--model", "m"], 2, "leave out"),
         (["proxy", "--upstream", "http://x", "--model", "nowhere"], 1, "nowhere"),
         (["proxy", "--embedding-bits", "3"], 2, "RECTOKENS_PROXY__EMBEDDING_BITS"),
         (["serve", "--with-proxy", "--model", "nowhere", "--catalog", "x"], 1, "nowhere"),
@@ -229,11 +232,35 @@ def test_what_stops_the_start_is_one_message(arguments, code, part):
     assert "Traceback" not in err
 
 
-def test_a_life_from_start_to_sigterm(store):
+def in_a_store(store, root):
+    """A copy of the model and the catalog, the active release of a store."""
+    shutil.copytree(store.model.parent, root / "models")
+    shutil.copytree(store.catalog.parent, root / "catalogs")
+    releases = open_release_store(root)
+    releases.activate(releases.bind(store.model.name, store.catalog.name))
+    return root
+
+
+def test_a_store_without_a_release_that_can_be_used_stops_the_start(store, tmp_path):
+    settings = load_settings({"proxy.upstream": "http://x", "store.path": str(tmp_path / "s")})
+    with pytest.raises(ProxyError, match=f"no release is active in the store {tmp_path / 's'}"):
+        run_proxy(settings)
+    root = in_a_store(store, tmp_path / "s")
+    (root / "models" / store.model.name / "config.json").unlink()
+    with pytest.raises(ProxyError, match=r"config\.json"):
+        run_proxy(settings)
+
+
+@pytest.mark.parametrize("named", ["folders", "store"])
+def test_a_life_from_start_to_sigterm(store, tmp_path, named):
     """Listening, answering, ending with 0; neither prompts nor keys are in the log."""
+    if named == "folders":
+        what = ("--model", store.model, "--catalog", store.catalog)
+    else:
+        what = ("--store.path", in_a_store(store, tmp_path / "store"))
     process = command(
-        *("proxy", "--upstream", "http://127.0.0.1:9", "--model", store.model, "--port", "0"),
-        *("--catalog", store.catalog, "--log-level", "debug", "--forward-authorization"),
+        *("proxy", "--upstream", "http://127.0.0.1:9", "--port", "0", *what),
+        *("--log-level", "debug", "--forward-authorization"),
     )
     lines = []
     try:
