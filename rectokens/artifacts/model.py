@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPEC_NAME = "generative_retrieval.json"
+CARD_NAME = "README.md"
 _FORMAT_NAME = "generative-retrieval"
 _FORMAT_VERSION = 1
 _MAX_TOKEN_ID = 2**31 - 1
@@ -157,6 +158,7 @@ def save_model(
     text_tokenizer: PreTrainedTokenizerBase | None = None,
     parents: Mapping[str, ParentRef] = _NOTHING,
     numbers: Mapping[str, float | int | str] = _NOTHING,
+    card: str | None = None,
 ) -> Path:
     """Write a model artifact that transformers alone can load.
 
@@ -168,6 +170,7 @@ def save_model(
         text_tokenizer: saved beside the weights, for models that take text.
         parents: what it was made from; the tokenizer's fingerprint is filled in from ``spec``.
         numbers: counts and quality figures.
+        card: the model card, Markdown, stored as ``README.md``.
 
     Returns:
         ``root/<version>``.
@@ -193,6 +196,8 @@ def save_model(
         if text_tokenizer is not None:
             text_tokenizer.save_pretrained(folder)
         write_json(folder / SPEC_NAME, spec.to_json())
+        if card is not None:
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
     counts = {
         "num_parameters": sum(p.numel() for p in model.parameters()),

@@ -32,6 +32,7 @@ class EvaluationSettings:
         beam_width: of the search.
         normalization: score rule, or None for the server's default.
         concurrency: requests in flight at a time.
+        exclude_history: whether the history's items are left out of the answers.
         timeout_s: of one request; at most the server's own limit.
         users: questions asked, a seeded sample; None asks all.
         seed: of the sample.
@@ -41,6 +42,7 @@ class EvaluationSettings:
     beam_width: int = 50
     normalization: str | None = None
     concurrency: int = 16
+    exclude_history: bool = True
     timeout_s: float = 60.0
     users: int | None = None
     seed: int = 0
@@ -120,7 +122,7 @@ def measure(
     split = leave_one_out(data.sequences)
     questions = sample_questions(split.test, settings.users, settings.seed)
     started = time.perf_counter()
-    ranks = asyncio.run(_ask_all(base_url, data.item_ids, questions, settings, progress))
+    ranks = endpoint_ranks(base_url, data.item_ids, questions, settings, progress=progress)
     seconds = time.perf_counter() - started
     counts = item_counts(split.train, len(data.item_ids))
     return Evaluation(
@@ -130,6 +132,29 @@ def measure(
         seconds=seconds,
         questions=len(split.test),
     )
+
+
+def endpoint_ranks(
+    base_url: str,
+    item_ids: Sequence[str],
+    questions: Sequence[HeldOut],
+    settings: EvaluationSettings,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[int | None]:
+    """Rank of each question's target in a running server's answer, from 1, None where missing.
+
+    Args:
+        base_url: of the server.
+        item_ids: of the rows that questions name.
+        questions: all of them are asked.
+        settings: how; ``users`` and ``seed`` are not used.
+        progress: called with the number of new answers.
+
+    Raises:
+        EvaluationError: the server cannot be reached, or answers with an error.
+    """
+    return asyncio.run(_ask_all(base_url, item_ids, questions, settings, progress))
 
 
 def sample_questions(
@@ -182,7 +207,7 @@ async def _ask(
         "history": [item_ids[row] for row in question.history],
         "top_k": settings.top_k,
         "beam_width": settings.beam_width,
-        "exclude_history": True,
+        "exclude_history": settings.exclude_history,
         "timeout_ms": int(1000 * settings.timeout_s),
     }
     if settings.normalization is not None:

@@ -1,0 +1,83 @@
+"""The model card of a release: what it was made of and how well it does."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def model_card(
+    *,
+    data: Mapping[str, Any],
+    parameters: int,
+    settings: Mapping[str, Any],
+    report: Mapping[str, Any],
+    validation: Mapping[str, float],
+    test: Mapping[str, Mapping[str, float]] | None,
+    commit: str,
+) -> str:
+    """The card, Markdown.
+
+    Args:
+        data: name and counts.
+        parameters: of the model.
+        settings: every gin parameter, by its dotted name.
+        report: how training went.
+        validation: figures on validation users; they chose the weights.
+        test: figures on test users by how the history was treated; None where not measured.
+        commit: of the code.
+    """
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [generative-retrieval, semantic-ids, recommender-system]",
+        "---",
+        "",
+        f"# Generative retrieval over {data['name']}",
+        "",
+        f"A Qwen3-configuration language model of {parameters:,} parameters, trained from fresh "
+        "weights over item tokens alone. It continues a history of semantic IDs; the server's "
+        "constrained search over the catalog of its release makes items of that. Scores are "
+        "meant with `normalization` `children` (the server's default); it knows no text.",
+        "",
+        "## Data",
+        "",
+        *_table(data, "what", "value"),
+        "",
+        "Leave one out: a user's last item is test, the one before validation; training sees "
+        "the rest. Semantic IDs, priors and weights come from training parts and item texts.",
+        "",
+        "## Figures",
+        "",
+        "Full ranking over all items. Items that share a semantic ID are ranked in the order of "
+        "the catalog (training count, then a hash of the id). Validation figures chose the "
+        "weights; test users were looked at once, afterwards.",
+        "",
+        "Validation users, history left out:",
+        "",
+        *_table({n: f"{v:.4f}" for n, v in validation.items()}, "figure", "value"),
+    ]
+    for title, figures in (test or {}).items():
+        lines += ["", f"All test users, {title}:", ""]
+        lines += _table({n: f"{v:.4f}" for n, v in figures.items()}, "figure", "value")
+    lines += ["", "## Training", "", *_table({**report, "commit": commit}, "what", "value")]
+    lines += ["", "## Parameters", "", *_table(settings, "parameter", "value"), ""]
+    return "\n".join(lines)
+
+
+def commit_of(folder: Path) -> str:
+    """Commit of the code in a folder, ``-dirty`` behind it where files differ; else unknown."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _table(values: Mapping[str, Any], left: str, right: str) -> list[str]:
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    return [f"| {left} | {right} |", "|---|---|", *rows]
