@@ -99,7 +99,10 @@ def _explain(path: Path, error: Exception) -> NoReturn:
     where = f"{place['file']} line {place['line']}" if place else str(path)
     if match := _UNKNOWN_PARAMETER.search(text):
         name, configurable = match["name"], match["configurable"]
-        known = list(inspect.signature(gin.get_configurable(configurable)).parameters)
+        target = gin.get_configurable(configurable)
+        # Of a class, gin's own signature says nothing.
+        what = target.__init__ if inspect.isclass(target) else target
+        known = [known for known in inspect.signature(what).parameters if known != "self"]
         raise ConfigError(
             f"{where}: {configurable!r} has no parameter {name!r}{_hint(name, known)}"
         ) from error

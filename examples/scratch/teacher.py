@@ -68,7 +68,8 @@ class Teacher:
         """What the counts expect at every place of a window, from the items before it.
 
         With ``leave_own_out`` the links that this very place added to the counts are taken off:
-        what is left is what the other users say.
+        what is left is what the other users say. Items that the window has before that place are
+        no guesses.
 
         Args:
             windows: int64 (B, T), ``PADDING`` at the end.
@@ -91,7 +92,12 @@ class Teacher:
             weights = weights.where(weights > 1e-4, 0.0) * known[..., None]
             found.append(items)
             weighed.append(weights * 0.5 ** (gap - 1))
-        return torch.cat(found, dim=2), torch.cat(weighed, dim=2)
+        items, weights = torch.cat(found, dim=2), torch.cat(weighed, dim=2)
+        for age in range(1, windows.shape[1]):
+            earlier = torch.full_like(windows, PADDING)
+            earlier[:, age:] = windows[:, :-age]
+            weights = weights.masked_fill(items == earlier[..., None], 0.0)
+        return items, weights
 
     def resample(self, windows: Tensor, generator: torch.Generator) -> Tensor:
         """Windows of which some end earlier, at an item drawn from the guesses for that place.
