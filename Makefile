@@ -53,10 +53,11 @@ soak: $(VENV)/.installed-dev ## half an hour of mixed traffic; every answer chec
 	SOAK_SECONDS=1800 $(TEST_ENV) $(BIN)/python -m pytest tests/server/test_soak.py -q
 
 chaos: $(VENV)/.installed-dev ## tests at length: writers killed, payloads fuzzed, swaps under load
-	CHAOS_ROUNDS=50 FUZZ_EXAMPLES=10000 RANDOM_REQUESTS=10000 $(TEST_ENV) \
+	CHAOS_ROUNDS=50 FUZZ_EXAMPLES=10000 API_FUZZ_EXAMPLES=300 RANDOM_REQUESTS=10000 $(TEST_ENV) \
 		$(BIN)/python -m pytest -q tests/rectokens/artifacts tests/rectokens/prompt_embeds \
 		tests/server/offline tests/server/jobs tests/server/test_random_requests.py \
-		tests/server/test_swap_under_load.py
+		tests/server/test_swap_under_load.py \
+		tests/server/api/test_fuzz.py tests/server/proxy/test_fuzz.py
 
 bench: $(VENV)/.installed-server ## the engine against Hugging Face generate, on this machine
 	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --no-serve

@@ -179,6 +179,12 @@ def start_process() -> Iterator[Callable[..., ServerProcess]]:
 
 
 @pytest.fixture(scope="session")
+def fuzzing() -> ModuleType:
+    """The module ``fuzzing``."""
+    return _load_script("fuzzing")
+
+
+@pytest.fixture(scope="session")
 def stores() -> ModuleType:
     """The module ``stores``."""
     return _load_script("stores")

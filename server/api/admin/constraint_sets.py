@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Path, Query, Request
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from rectokens.catalog.catalog import Catalog
@@ -32,6 +33,23 @@ from server.jobs.types import JobKind
 
 router = admin_router()
 
+
+class _AnyName(Convertor[str]):
+    """A part of a path to its end, whatever is in it; starlette's own stops at a line break."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        """As it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """As it is."""
+        return value
+
+
+register_url_convertor("set_name", _AnyName())
+
 SetName = Annotated[
     str, Path(min_length=1, max_length=200, description="Of the set; percent-encoded.")
 ]
@@ -57,7 +75,7 @@ async def list_sets(request: Request) -> Response:
 
 
 @router.get(
-    "/admin/constraint-sets/{name:path}",
+    "/admin/constraint-sets/{name:set_name}",
     summary="One constraint set",
     response_model=ConstraintSetDetail,
     responses=documented_errors(*READ_ERRORS, ErrorKind.NOT_FOUND, ErrorKind.LOADING),
@@ -88,7 +106,7 @@ async def get_set(
 
 
 @router.put(
-    "/admin/constraint-sets/{name:path}",
+    "/admin/constraint-sets/{name:set_name}",
     summary="Add or replace a constraint set",
     responses=documented_errors(*SUBMIT_ERRORS),
     **ACCEPTED,
@@ -114,7 +132,7 @@ async def put_set(
 
 
 @router.delete(
-    "/admin/constraint-sets/{name:path}",
+    "/admin/constraint-sets/{name:set_name}",
     summary="Remove a constraint set",
     responses=documented_errors(*SUBMIT_ERRORS, ErrorKind.NOT_FOUND),
     **ACCEPTED,
