@@ -8,13 +8,17 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 DEMO ?= .demo
 DATA ?=
+# Of `make load`: the server, the kind of load (open, closed, steps), and flags beside.
+LOAD_URL ?= http://127.0.0.1:8000
+LOAD ?= open
+LOAD_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # More threads than free cores make torch many times slower; the tests need only one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help serve demo test check format chaos soak bench docs clean
+.PHONY: help serve demo test check format chaos soak load bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -52,6 +56,9 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 soak: $(VENV)/.installed-dev ## half an hour of mixed traffic; every answer checked, memory flat
 	SOAK_SECONDS=1800 $(TEST_ENV) $(BIN)/python -m pytest tests/server/test_soak.py -q
 
+load: $(VENV)/.installed-dev ## load a running server (LOAD=open, closed or steps); report in load-report/
+	$(BIN)/locust --config loadtest/$(LOAD).conf --host $(LOAD_URL) $(LOAD_FLAGS)
+
 chaos: $(VENV)/.installed-dev ## tests at length: writers killed, payloads fuzzed, swaps under load
 	CHAOS_ROUNDS=50 FUZZ_EXAMPLES=10000 API_FUZZ_EXAMPLES=300 RANDOM_REQUESTS=10000 $(TEST_ENV) \
 		$(BIN)/python -m pytest -q tests/rectokens/artifacts tests/rectokens/prompt_embeds \
@@ -68,4 +75,4 @@ docs: $(VENV)/.installed-server ## rewrite the pages that are generated from the
 	$(BIN)/python -m server settings-doc > docs/settings.md
 
 clean: ## remove what the targets above made, the environment too
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) load-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
