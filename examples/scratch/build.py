@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from examples.evaluation.ranks import RankedQuestions, figures
 from examples.scratch.card import commit_of, model_card
 from examples.scratch.items import CodedItems, code_items
-from examples.scratch.model import Objective, item_tokens, new_model, prompt_recipe
+from examples.scratch.model import item_tokens, new_model, prompt_recipe
+from examples.scratch.objective import Objective
 from examples.scratch.settings import (
     AugmentationSettings,
     CodesSettings,
@@ -138,15 +139,14 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
     parameters = sum(p.numel() for p in model.parameters())
 
     teacher = None
-    if recipe.teacher.used:
-        teacher = Teacher.of(split.train, len(data.item_ids), recipe.teacher, device)
+    if recipe.teacher.weight > 0:
+        teacher = Teacher.of(split.train, data.embeddings, recipe.teacher, device)
     stream = WindowStream(
         Histories.of(split.train, device),
         recipe.augmentation,
         recipe.model.max_items + 1,
         recipe.optimizer.batch_size,
         recipe.seed,
-        teacher,
     )
     questions = sample_questions(split.validation, recipe.validation.users, recipe.seed)
     validation = Searcher(model, items, recipe, device)
@@ -178,7 +178,15 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
             run_name=options.run_name,
             progress_bar=options.progress_bar,
         ),
-        Objective(model, tokens, items.codes.to(device), recipe.dropout, recipe.optimizer, teacher),
+        Objective(
+            model,
+            tokens,
+            items.codes.to(device),
+            recipe.dropout,
+            recipe.optimizer,
+            max_items=recipe.model.max_items,
+            teacher=teacher,
+        ),
         stream,
         optimizer=recipe.optimizer,
         validation=recipe.validation,

@@ -119,32 +119,41 @@ class AugmentationSettings:
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """What a skip-Markov count of the training transitions says beside the true next item.
+    """Targets drawn from counts over the training parts, beside the true ones.
+
+    What may follow an item is weighed by how often it did, ``gap_decay ** (gap - 1)`` for every
+    ``gap`` up to ``reach``, plus ``text_weight`` shared among the nearest texts by
+    ``cosine ** text_power``.
 
     Attributes:
-        weight: share of the targets that is spread over the count's guesses.
-        sampled: chance that a window ends early, at an item drawn from the guesses.
-        reach: how far apart two items may be to count.
-        neighbours: links kept of an item, the heaviest.
-        leave_own_out: whether the links of the place that is learned are taken off the counts.
+        weight: of the drawn targets' loss; 0 for a plain language model.
+        trunk_weight: of the true targets' loss.
+        draws: targets drawn at each place.
+        decay: weight of a context's items by their age.
+        context: newest items of a context that count.
+        reach, gap_decay: see above.
+        text_weight, text_neighbours, text_power: see above.
     """
 
     weight: float = 0.0
-    sampled: float = 0.0
-    reach: int = 3
-    neighbours: int = 64
-    leave_own_out: bool = True
+    trunk_weight: float = 1.0
+    draws: int = 1
+    decay: float = 0.5
+    context: int = 10
+    reach: int = 20
+    gap_decay: float = 0.7
+    text_weight: float = 20.0
+    text_neighbours: int = 50
+    text_power: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "sampled"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 0 to 1")
-        _at_least(1, self, "reach", "neighbours")
-
-    @property
-    def used(self) -> bool:
-        """Whether there is any need to count."""
-        return self.weight > 0 or self.sampled > 0
+        _at_least(0, self, "weight", "trunk_weight", "text_weight", "text_power")
+        _at_least(1, self, "draws", "context", "reach", "text_neighbours")
+        for name in ("decay", "gap_decay"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed are above 0 to 1")
+        if self.weight == 0 and self.trunk_weight == 0:
+            raise ValueError("weight and trunk_weight are both 0; there is nothing to learn")
 
 
 @dataclass(frozen=True)

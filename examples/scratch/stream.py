@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from examples.scratch.settings import AugmentationSettings
-from examples.scratch.teacher import Teacher
 from examples.scratch.windows import Histories, batches, epoch_windows
 
 # Seeds of the epochs of neighbouring runs stay apart.
@@ -24,7 +23,6 @@ class WindowStream:
         window: most items in a window.
         batch_size: windows in a batch.
         seed: of all draws.
-        teacher: changes where windows end, if it is set to; None leaves them.
     """
 
     def __init__(
@@ -34,10 +32,9 @@ class WindowStream:
         window: int,
         batch_size: int,
         seed: int,
-        teacher: Teacher | None = None,
     ) -> None:
         self._histories, self._augmentation, self._window = histories, augmentation, window
-        self._batch_size, self._seed, self._teacher = batch_size, seed, teacher
+        self._batch_size, self._seed = batch_size, seed
         self.steps_per_epoch = len(self._epoch(0))
         """Batches of the first epoch; later ones may have a few more or fewer."""
 
@@ -60,6 +57,4 @@ class WindowStream:
         generator = torch.Generator(self._histories.items.device)
         generator.manual_seed(self._seed * _SEED_STRIDE + epoch)
         windows = epoch_windows(self._histories, self._augmentation, self._window, generator)
-        if self._teacher is not None:
-            windows = self._teacher.resample(windows, generator)
         return list(batches(windows, self._batch_size, generator))

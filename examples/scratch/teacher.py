@@ -1,7 +1,9 @@
-"""A count model of the training transitions, whose guesses may soften the targets.
+"""A count model of the training transitions, which gives language models more to learn from.
 
-The skip-Markov model: two items of a history that are ``gap`` apart count 1 / gap, up to ``reach``
-apart; of a context the newest item counts 1, the one before 1/2, then 1/4.
+A history shows one of many items that could have come next. Counts over all histories, smoothed
+with the likeness of texts, know others; a target drawn from them beside each true one is
+distillation of the count model into the language model (Hinton, Vinyals & Dean 2015), and the
+language model generalises beyond it.
 """
 
 from __future__ import annotations
@@ -11,121 +13,140 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from examples.scratch.settings import TeacherSettings
 from examples.scratch.windows import PADDING
 
+NO_TARGET = -1
+
 
 @dataclass(frozen=True)
 class Teacher:
-    """Links from each item, heaviest first.
+    """Weights of items that may follow an item, as sparse rows.
 
     Attributes:
-        items: int64 (N, M), rows of the data; any where the weight is 0.
-        weights: float32 (N, M).
-        settings: how it is used.
+        firsts: int64 (N + 1,), where each row begins.
+        items: int64 (M,), rows of the data.
+        sums: float64 (M + 1,), running sums of the weights, from 0.
+        mass: float64 (N,), sum of each row.
+        settings: how contexts are weighed.
     """
 
+    firsts: Tensor
     items: Tensor
-    weights: Tensor
+    sums: Tensor
+    mass: Tensor
     settings: TeacherSettings
 
     @classmethod
     def of(
         cls,
         train: Sequence[Sequence[int]],
-        num_items: int,
+        texts: NDArray[np.float32],
         settings: TeacherSettings,
         device: torch.device,
     ) -> Teacher:
-        """Count the links of training parts.
+        """Count the pairs of training parts, and add what texts have in common.
 
         Args:
             train: rows; nothing held out may be among them.
-            num_items: N.
-            settings: how far links reach, and how many are kept of an item.
+            texts: float32 (N, D), embeddings of the items' texts.
+            settings: how.
             device: where the tensors go.
         """
-        links: dict[int, dict[int, float]] = {}
-        for history in train:
-            for place, item in enumerate(history):
-                for gap in range(1, min(settings.reach, place) + 1):
-                    row = links.setdefault(history[place - gap], {})
-                    row[item] = row.get(item, 0.0) + 1.0 / gap
-        width = min(settings.neighbours, max(map(len, links.values()), default=1))
-        items = np.zeros((num_items, width), dtype=np.int64)
-        weights = np.zeros((num_items, width), dtype=np.float32)
-        for item, row in links.items():
-            heaviest = sorted(row.items(), key=lambda link: (-link[1], link[0]))[:width]
-            items[item, : len(heaviest)] = [to for to, _ in heaviest]
-            weights[item, : len(heaviest)] = [weight for _, weight in heaviest]
+        num_items = len(texts)
+        counted, counts = _pairs(train, num_items, settings.reach, settings.gap_decay)
+        near, likeness = _near_texts(texts, settings.text_neighbours, settings.text_power)
+        places, where = np.unique(np.concatenate([counted, near]), return_inverse=True)
+        weights = np.concatenate([counts, settings.text_weight * likeness])
+        summed = np.bincount(where, weights=weights, minlength=len(places))
+        places, summed = places[summed > 0], summed[summed > 0]
+        rows = places // num_items
+        firsts = np.zeros(num_items + 1, dtype=np.int64)
+        firsts[1:] = np.bincount(rows, minlength=num_items).cumsum()
+        sums = np.concatenate([[0.0], summed.cumsum()])
+        mass = np.bincount(rows, weights=summed, minlength=num_items)
         return cls(
-            torch.from_numpy(items).to(device), torch.from_numpy(weights).to(device), settings
+            firsts=torch.from_numpy(firsts).to(device),
+            items=torch.from_numpy(places % num_items).to(device),
+            sums=torch.from_numpy(sums).to(device),
+            mass=torch.from_numpy(mass).to(device),
+            settings=settings,
         )
 
-    def guesses(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """What the counts expect at every place of a window, from the items before it.
+    def targets(self, windows: Tensor) -> Tensor:
+        """For every place of windows a drawn item that may follow the items up to it.
 
-        With ``leave_own_out`` the links that this very place added to the counts are taken off:
-        what is left is what the other users say. Items that the window has before that place are
-        no guesses.
+        An item's weight is the sum over the newest items of ``decay`` to their age times theirs
+        for it. ``NO_TARGET`` stands where the draw is an item of the context, and behind the last
+        item.
 
         Args:
-            windows: int64 (B, T), ``PADDING`` at the end.
+            windows: int64 (B, M), ``PADDING`` at the end.
 
         Returns:
-            Items int64 (B, T, reach * M) and weights float32 of the same shape, 0 where there is
-            no guess; an item may occur more than once.
+            int64 (B, M).
         """
-        found, weighed = [], []
-        for gap in range(1, self.settings.reach + 1):
-            before = torch.full_like(windows, PADDING)
-            before[:, gap:] = windows[:, :-gap]
-            items = self.items[before.clamp(min=0)]
-            weights = self.weights[before.clamp(min=0)]
-            if self.settings.leave_own_out:
-                own = items == windows[..., None]
-                weights = (weights - own.float() / gap).clamp(min=0.0)
-            known = (before != PADDING) & (windows != PADDING)
-            # What is left of a difference of sums like 1/3 + 1/2 is not quite 0.
-            weights = weights.where(weights > 1e-4, 0.0) * known[..., None]
-            found.append(items)
-            weighed.append(weights * 0.5 ** (gap - 1))
-        items, weights = torch.cat(found, dim=2), torch.cat(weighed, dim=2)
-        for age in range(1, windows.shape[1]):
-            earlier = torch.full_like(windows, PADDING)
-            earlier[:, age:] = windows[:, :-age]
-            weights = weights.masked_fill(items == earlier[..., None], 0.0)
-        return items, weights
+        M = windows.shape[1]
+        inside = windows != PADDING
+        known = windows.clamp(min=0)
+        mass = self.mass[known] * inside
+        ages = min(self.settings.context, M)
+        by_age = torch.stack(
+            [
+                torch.nn.functional.pad(mass[:, : M - age], (age, 0)) * self.settings.decay**age
+                for age in range(ages)
+            ],
+            dim=2,
+        )
+        # A place whose items have no row at all draws at random, and the draw is not used.
+        age = torch.multinomial(by_age.flatten(0, 1).clamp(min=1e-30), 1).view_as(windows)
+        place = torch.arange(M, device=windows.device)
+        source = known.gather(1, (place - age).clamp(min=0))
+        first, end = self.firsts[source], self.firsts[source + 1]
+        low, high = self.sums[first], self.sums[end]
+        draw = low + (high - low) * torch.rand(
+            windows.shape, device=windows.device, dtype=torch.float64
+        )
+        index = torch.searchsorted(self.sums, draw, right=True) - 1
+        index = torch.minimum(torch.maximum(index, first), end - 1).clamp(min=0)
+        drawn = self.items[index]
+        earlier = place[None, :] <= place[:, None]
+        seen = ((drawn[:, :, None] == windows[:, None, :]) & earlier).any(dim=2)
+        usable = inside & ~seen & (by_age.sum(dim=2) > 0)
+        return torch.where(usable, drawn, NO_TARGET)
 
-    def resample(self, windows: Tensor, generator: torch.Generator) -> Tensor:
-        """Windows of which some end earlier, at an item drawn from the guesses for that place.
 
-        Args:
-            windows: int64 (B, T), ``PADDING`` at the end.
-            generator: on their device.
-        """
-        if self.settings.sampled == 0.0 or windows.shape[1] < 2:
-            return windows
-        device = windows.device
-        sizes = (windows != PADDING).sum(dim=1)
-        chosen = torch.rand(len(windows), generator=generator, device=device)
-        chosen = (chosen < self.settings.sampled) & (sizes >= 2)
-        rows = chosen.nonzero()[:, 0]
-        if not len(rows):
-            return windows
-        draw = torch.rand(len(rows), generator=generator, device=device, dtype=torch.float64)
-        last = 1 + (draw * (sizes[rows] - 1)).long()
-        column = torch.arange(windows.shape[1], device=device)
-        cut = windows[rows].masked_fill(column > last[:, None], PADDING)
-        items, weights = self.guesses(cut)
-        place = torch.arange(len(rows), device=device)
-        items, weights = items[place, last], weights[place, last]
-        guessed = weights.sum(dim=1) > 0
-        # A row without any guess is drawn from at random, and the draw is not used.
-        drawn = torch.multinomial(weights + (~guessed).float()[:, None], 1, generator=generator)
-        cut[place, last] = torch.where(guessed, items.gather(1, drawn)[:, 0], cut[place, last])
-        out = windows.clone()
-        out[rows[guessed]] = cut[guessed]
-        return out
+def _pairs(
+    train: Sequence[Sequence[int]], num_items: int, reach: int, gap_decay: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs ``before * N + after`` up to ``reach`` apart, and ``gap_decay ** (gap - 1)`` each."""
+    pairs, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+    for history in train:
+        items = np.asarray(history, dtype=np.int64)
+        for gap in range(1, min(reach, len(items) - 1) + 1):
+            pairs.append(items[:-gap] * num_items + items[gap:])
+            weights.append(np.full(len(items) - gap, gap_decay ** (gap - 1)))
+    return np.concatenate(pairs), np.concatenate(weights)
+
+
+def _near_texts(
+    texts: NDArray[np.float32], count: int, power: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs of each item and its ``count`` nearest texts, with shares of likeness ** power."""
+    unit = torch.nn.functional.normalize(torch.from_numpy(texts), dim=1)
+    num_items = len(unit)
+    count = min(count, num_items - 1)
+    pairs, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+    for first in range(0, num_items if count > 0 else 0, 2048):
+        similar = unit[first : first + 2048] @ unit.T
+        row = torch.arange(len(similar))
+        similar[row, first + row] = -torch.inf
+        values, near = similar.topk(count, dim=1)
+        raised = values.double().clamp(min=0.0) ** power
+        shares = raised / raised.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        pairs.append(((first + row)[:, None] * num_items + near).flatten().numpy())
+        weights.append(shares.flatten().numpy())
+    return np.concatenate(pairs), np.concatenate(weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
-from examples.scratch.model import Objective
+from examples.scratch.objective import Objective
 from examples.scratch.settings import OptimizerSettings, ValidationSettings
 from examples.scratch.stream import WindowStream
 from examples.trainer.checkpoints import last_checkpoint

@@ -50,7 +50,7 @@ SMALL_RECIPE = Recipe(
     codes=CodesSettings(num_levels=2, codebook_size=8),
     model=ModelSettings(hidden_size=16, num_layers=1, num_heads=2, max_items=6),
     augmentation=AugmentationSettings(thin_rate=0.2, shuffle_span=1.0),
-    teacher=TeacherSettings(weight=0.2, sampled=0.2),
+    teacher=TeacherSettings(weight=0.5, text_neighbours=3),
     optimizer=OptimizerSettings(epochs=6, batch_size=16, ema=0.9, peak_lr=1e-2),
     validation=ValidationSettings(every_epochs=2, users=20, beam_width=20),
 )

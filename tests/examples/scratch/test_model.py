@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.scratch.model import BOS_ID, Objective, item_tokens, new_model, prompt_recipe
+from examples.scratch.model import BOS_ID, item_tokens, new_model, prompt_recipe
+from examples.scratch.objective import Objective
 from examples.scratch.settings import (
     DropoutSettings,
     ModelSettings,
     OptimizerSettings,
     TeacherSettings,
 )
-from examples.scratch.teacher import Teacher
+from examples.scratch.teacher import NO_TARGET, Teacher
 from examples.scratch.windows import PADDING
 from rectokens.catalog.build import build_catalog
 from rectokens.prompts.parts import ItemPart
@@ -37,10 +38,13 @@ def model():
     return made.eval()
 
 
-def loss_of(model, windows, teacher=None, **how):
+def loss_of(model, windows, teacher=None, max_items=20, **how):
     settings = OptimizerSettings(**{"label_smoothing": 0.0, **how})
-    objective = Objective(model, TOKENS, CODES, NO_DROPOUT, settings, teacher)
-    return float(objective(torch.tensor(windows)))
+    objective = Objective(
+        model, TOKENS, CODES, NO_DROPOUT, settings, max_items=max_items, teacher=teacher
+    )
+    with torch.no_grad():
+        return float(objective(torch.tensor(windows)))
 
 
 @pytest.mark.parametrize("softmax", ["children", "level"])
@@ -98,23 +102,33 @@ def test_level_weights_and_smoothing(model):
         loss_of(model, [[3]], level_weights=(1.0, 1.0, 1.0))
 
 
-def test_the_teacher_s_guesses_soften_the_targets(model):
-    """Item 0 is followed by 3 and by 2, which share their first code, in three and one cases."""
-    train = [[0, 3]] * 3 + [[0, 2]]
-    settings = TeacherSettings(weight=0.5, leave_own_out=False)
-    teacher = Teacher.of(train, len(CODES), settings, torch.device("cpu"))
-    hard = {item: loss_of(model, [[0, item]]) for item in (2, 3)}
-    alone = loss_of(model, [[0]])
-    # The mean over two places; the first has no guesses. Both items share all but the last code.
-    second = {item: 2 * hard[item] - alone for item in hard}
-    expected = 0.5 * second[3] + 0.5 * (0.75 * second[3] + 0.25 * second[2])
-    found = 2 * loss_of(model, [[0, 3]], teacher) - alone
-    assert found == pytest.approx(expected, rel=1e-4)
-    # Where no guess has the true prefix, the true code stands alone: item 5 begins with 3.
-    level = {"level_weights": (0.0, 1.0)}
-    assert loss_of(model, [[0, 5]], teacher, **level) == pytest.approx(
-        loss_of(model, [[0, 5]], **level)
-    )
+@pytest.mark.parametrize("draws", [1, 2])
+def test_branches_are_prompts_that_end_there(model, draws):
+    """The loss of drawn targets is that of histories which end with them."""
+
+    class Fixed(Teacher):
+        def targets(self, windows):
+            following = {3: 5, 5: 6, 1: 0, 2: NO_TARGET, PADDING: NO_TARGET}
+            return torch.tensor([[following[item] for item in row] for row in windows.tolist()])
+
+    windows = [[3, 5, 1], [2, 3, PADDING]]
+    single = {}
+    for history in ([3], [3, 5], [3, 5, 1], [2, 3]):
+        target = {3: 5, 5: 6, 1: 0}[history[-1]]
+        # The sum over a window less that over all but its last item is the last item's.
+        whole = (len(history) + 1) * loss_of(model, [[*history, target]])
+        single[tuple(history)] = whole - len(history) * loss_of(model, [history])
+    nothing = torch.zeros(0)
+    for weight, trunk in ((1.0, 0.0), (0.25, 2.0)):
+        how = TeacherSettings(weight=weight, trunk_weight=trunk, draws=draws)
+        teacher = Fixed(nothing, nothing, nothing, nothing, how)
+        expected = weight * sum(single.values()) / 4 + trunk * loss_of(model, windows)
+        assert loss_of(model, windows, teacher) == pytest.approx(expected, rel=1e-4)
+    # A history as long as the longest prompt has a target behind it, a longer one has none.
+    how = TeacherSettings(weight=1.0, trunk_weight=0.0, draws=draws)
+    teacher = Fixed(nothing, nothing, nothing, nothing, how)
+    short = sum(value for history, value in single.items() if len(history) <= 2) / 3
+    assert loss_of(model, windows, teacher, max_items=2) == pytest.approx(short, rel=1e-4)
 
 
 def test_dropout_works_in_training_only():

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.scratch.settings import AugmentationSettings, TeacherSettings
+from examples.scratch.settings import AugmentationSettings
 from examples.scratch.stream import WindowStream
-from examples.scratch.teacher import Teacher
 from examples.scratch.windows import PADDING, Histories, batches, epoch_windows
 
 CPU = torch.device("cpu")
@@ -87,15 +86,11 @@ def test_batches_hold_every_window_once_without_needless_padding(sequences, size
     assert sorted(found) == sorted(tuple(unpadded(row)) for row in windows)
 
 
-@pytest.mark.parametrize("teaching", [False, True])
 @pytest.mark.parametrize("start", [0, 1, 3, 8, 17])
-def test_a_stream_from_a_step_is_the_rest_of_the_whole(start, teaching):
+def test_a_stream_from_a_step_is_the_rest_of_the_whole(start):
     sequences = [list(range(user, user + 3 + user % 9)) for user in range(40)]
     how = AugmentationSettings(thin_rate=0.3, shuffle_span=1.0)
-    teacher = None
-    if teaching:
-        teacher = Teacher.of(sequences, 60, TeacherSettings(sampled=0.5), CPU)
-    stream = WindowStream(Histories.of(sequences, CPU), how, 8, 8, 3, teacher)
+    stream = WindowStream(Histories.of(sequences, CPU), how, 8, 8, 3)
     whole = list(itertools.islice(stream.from_step(0), 24))
     rest = list(itertools.islice(stream.from_step(start), 24 - start))
     assert all(a.equal(b) for a, b in zip(whole[start:], rest, strict=True))
