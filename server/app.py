@@ -12,6 +12,7 @@ from server.access.guard import documented_key
 from server.api import completions, health, models, recommend, recommend_batch, score
 from server.api.admin.auth import AdminGuard
 from server.api.admin.routers import ADMIN_PATH, UPLOADS_PATH, include_admin
+from server.api.docs_page import add_docs_page
 from server.api.handlers import install_error_handlers
 from server.api.middleware import OPEN_PATHS, add_middleware
 from server.following import StoreLink
@@ -68,6 +69,7 @@ def create_app(
         version=version("rectokens"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -86,6 +88,7 @@ def create_app(
         app.include_router(router, dependencies=with_key)
     app.include_router(health.router)
     include_admin(app)
+    add_docs_page(app)
     install_error_handlers(app, service.metrics)
 
     max_bytes_below = {

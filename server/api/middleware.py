@@ -31,7 +31,7 @@ _log = structlog.get_logger(__name__)
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 _NO_TIMES: Mapping[str, float] = MappingProxyType({})
 # Of an app of ours, that need no API key: what they tell is for orchestrators and readers.
-OPEN_PATHS = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/openapi.json", "/docs", "/docs/")
 REQUEST_ID_HEADER = "X-Request-ID"
 # Printable and harmless in a log or a header; anything else is replaced, not refused.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -129,6 +129,8 @@ class RequestContextMiddleware:
 class BodyLimitMiddleware:
     """Bounds the size of a body and the time it takes to arrive, while it streams in.
 
+    A compressed body is refused: what it unpacks to would have no such bounds.
+
     Args:
         max_bytes: a body over it is refused as soon as that is known, at best from its header.
         timeout_s: seconds from the first read to the last byte.
@@ -160,7 +162,18 @@ class BodyLimitMiddleware:
             return
         limit = _below(self._max_bytes_below, scope["path"], self._max_bytes)
         timeout_s = _below(self._timeout_s_below, scope["path"], self._timeout_s)
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            # Unpacked, a body of few bytes may have any number of them.
+            self._metrics.rejected(ErrorKind.UNSUPPORTED_MEDIA_TYPE)
+            response = error_response(
+                ErrorKind.UNSUPPORTED_MEDIA_TYPE,
+                f"content encoding is {encoding[:80]!r}; bodies are taken uncompressed only",
+            )
+            await response(scope, receive, send)
+            return
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             self._metrics.rejected(ErrorKind.BODY_TOO_LARGE)
             response = error_response(

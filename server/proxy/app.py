@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from server.access.guard import documented_key
+from server.api.docs_page import add_docs_page
 from server.api.handlers import install_error_handlers
 from server.api.middleware import OPEN_PATHS, add_middleware
 from server.proxy import routes
@@ -54,11 +55,13 @@ def mounted_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
         title="rectokens proxy",
         version=version("rectokens"),
         description=_DESCRIPTION,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
     app.state.proxy = proxy
     app.include_router(routes.router, dependencies=documented_key(settings))
     app.include_router(routes.open_router)
+    add_docs_page(app)
     install_error_handlers(app, proxy.metrics)
     return app

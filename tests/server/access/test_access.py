@@ -143,25 +143,25 @@ async def test_a_caller_over_its_limit_waits_and_others_do_not(start_app, dummy,
     slow, slow_too, fast = new_key(), new_key(), new_key()
     write(
         keys_file,
-        entry("slow", slow, requests_per_minute=2),
-        entry("slow", slow_too, requests_per_minute=2),
+        entry("slow", slow, requests_per_minute=1),
+        entry("slow", slow_too, requests_per_minute=1),
         entry("fast", fast),
     )
     running = await start_app(
-        dummy.make_release(), access__keys_file=str(keys_file), access__burst_s="60"
+        dummy.make_release(), access__keys_file=str(keys_file), access__burst_s="120"
     )
     assert (await recommend(running, bearer(slow))).status_code == 200
     assert (await recommend(running, bearer(slow_too))).status_code == 200
     refused = await recommend(running, bearer(slow))
     assert code(refused) == (429, "rate_limited")
     assert refused.json()["error"]["type"] == "rate_limit_error"
-    assert 20 <= int(refused.headers["Retry-After"]) <= 30
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
     assert await running.metric('rectokens_rejected_total{reason="rate_limited"}') == 1
     for _ in range(5):
         assert (await recommend(running, bearer(fast))).status_code == 200
     assert await running.metric('rectokens_caller_requests_total{caller="slow"}') == 2
     assert await running.metric('rectokens_caller_refused_total{caller="slow"}') == 1
-    assert await running.metric('rectokens_caller_limit_per_minute{caller="slow"}') == 2
+    assert await running.metric('rectokens_caller_limit_per_minute{caller="slow"}') == 1
     assert await running.metric('rectokens_caller_requests_total{caller="fast"}') == 5
     assert 'per_minute{caller="fast"}' not in (await running.client.get("/metrics")).text
 
@@ -172,14 +172,15 @@ async def test_a_call_that_carries_many_requests_counts_as_many(start_app, dummy
     running = await start_app(
         dummy.make_release(),
         access__keys_file=str(keys_file),
-        access__requests_per_minute="60",
+        access__requests_per_minute="1",
+        access__burst_s="600",
     )
     batch = {"requests": [{"history": ["B001"]}] * 40}
     answer = await running.client.post("/v1/recommend/batch", json=batch, headers=bearer(key))
     assert (answer.status_code, len(answer.text.splitlines())) == (200, 40)
     refused = await recommend(running, bearer(key))
     assert code(refused) == (429, "rate_limited")
-    assert 25 <= int(refused.headers["Retry-After"]) <= 31  # 60 a minute, 10 at once
+    assert 1_200 <= int(refused.headers["Retry-After"]) <= 1_860  # one a minute, 10 at once
 
 
 async def test_prompts_of_a_completion_count_each(start_app, dummy, keys_file):
@@ -188,7 +189,8 @@ async def test_prompts_of_a_completion_count_each(start_app, dummy, keys_file):
     running = await start_app(
         dummy.make_release(takes_text=True),
         access__keys_file=str(keys_file),
-        access__requests_per_minute="60",
+        access__requests_per_minute="1",
+        access__burst_s="600",
     )
     body = {"model": "dummy", "prompt": ["a"] * 15}
     answer = await running.client.post("/v1/completions", json=body, headers=bearer(key))

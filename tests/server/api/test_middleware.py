@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 
 import httpx
 import pytest
@@ -110,3 +111,20 @@ async def test_browsers_are_let_in_by_the_settings_only(start_app, dummy):
     response = await preflight(opened)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "identity, gzip", ""])
+async def test_a_compressed_body_is_refused_by_its_name(running, encoding):
+    headers = {**JSON, "Content-Encoding": encoding}
+    response = await running.client.post(
+        "/v1/recommend", content=gzip.compress(b"{}"), headers=headers
+    )
+    assert repr(encoding) in assert_error(response, 415, "unsupported_media_type")
+
+
+async def test_identity_is_no_compression(running):
+    headers = {**JSON, "Content-Encoding": "Identity"}
+    response = await running.client.post(
+        "/v1/recommend", content=b'{"history": []}', headers=headers
+    )
+    assert response.status_code == 200

@@ -14,7 +14,7 @@ def bearer(key):
 @pytest.fixture
 def key(tmp_path):
     key = new_key()
-    (tmp_path / "keys").write_text(ApiKey("shop", digest_of(key), 6).line())
+    (tmp_path / "keys").write_text(ApiKey("shop", digest_of(key), 1).line())
     return key
 
 
@@ -38,12 +38,12 @@ async def test_what_costs_something_needs_a_key(start_proxy, upstream, tmp_path,
 
 
 async def test_every_prompt_counts(start_proxy, tmp_path, key):
-    proxy = await start_proxy(access__keys_file=str(tmp_path / "keys"), access__burst_s="60")
+    proxy = await start_proxy(access__keys_file=str(tmp_path / "keys"), access__burst_s="360")
     body = {"prompt": ["the user", "the", "user", "likes"]}
-    for status in (200, 200, 429):  # six a minute, four a call, and a debt may be made
+    for status in (200, 200, 429):  # six at once, four a call, and a debt may be made
         answer = await proxy.client.post("/v1/completions", json=body, headers=bearer(key))
         assert answer.status_code == status
     assert answer.json()["error"]["code"] == "rate_limited"
-    assert 20 <= int(answer.headers["Retry-After"]) <= 30
+    assert 60 <= int(answer.headers["Retry-After"]) <= 180
     assert await proxy.metric('rectokens_proxy_caller_requests_total{caller="shop"}') == 8
     assert await proxy.metric('rectokens_proxy_caller_refused_total{caller="shop"}') == 1
