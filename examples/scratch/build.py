@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from examples.evaluation.ranks import RankedQuestions, figures
+from examples.evaluation.release import MODES
 from examples.scratch.card import commit_of, model_card
 from examples.scratch.items import CodedItems, code_items
 from examples.scratch.model import item_tokens, new_model, prompt_recipe
@@ -43,7 +44,6 @@ from server.engine.engine import Engine
 from server.engine.loading import choose_runner
 
 STORE, FIGURES = "store", "figures.json"
-_TITLES = {"excluded": "history left out", "all": "all items ranked"}
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,13 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
 
     test: dict[str, dict[str, float]] = {}
     if options.evaluate_test:
-        for name, title in _TITLES.items():
+        for title, excluded in MODES.items():
             ranked = RankedQuestions(
                 items.catalog,
                 builder,
                 data.item_ids,
                 split.test,
-                exclude_history=name == "excluded",
+                exclude_history=excluded,
                 beam_width=recipe.validation.beam_width,
             )
             test[title] = figures(validation.ranks(best, ranked))
@@ -247,7 +247,7 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
         numbers={f"validation_{n}": v for n, v in standing.best.items()},
         card=card,
     )
-    numbers = {f"test_{n}": v for n, v in test.get(_TITLES["excluded"], {}).items()}
+    numbers = {f"test_{n}": v for n, v in test.get(next(iter(MODES)), {}).items()}
     release = save_release(
         store, model_path.name, items.catalog_version, numbers={**numbers, "data": data.name}
     )

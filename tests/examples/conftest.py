@@ -41,6 +41,6 @@ def data_root(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_folder_writer():
     return write_data

@@ -1,8 +1,7 @@
 """Train a language model over item tokens from fresh weights, and write a release to serve.
 
-    python -m examples.scripts.training.train_scratch examples/configs/finetuning/scratch_beauty.gin
-
-The same command goes on where it was stopped. See docs/training.md.
+``python -m examples.scripts.training.train_scratch
+examples/configs/finetuning/scratch_beauty.gin``; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from examples.data.amazon import AmazonReviews
 from examples.scratch import settings
 from examples.scratch.build import Recipe, RunOptions, train_release
-from examples.utils import parse_config
+from examples.utils import run
 
 _SETTINGS: dict[str, type] = {
     "codes": settings.CodesSettings,
@@ -82,5 +81,4 @@ def train(
 
 
 if __name__ == "__main__":
-    parse_config()
-    print(train())
+    run(train)
