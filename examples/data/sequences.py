@@ -23,6 +23,9 @@ class UserSequenceDataset(Dataset[SeqBatch]):
 
     Attributes:
         reviews: the data.
+        user_ids: long (U,), of the rows.
+        ids: long (U, T), histories, -1 at padding.
+        ids_fut: long (U,), what came next.
         without_history: users left out because training may see only one of their items.
 
     Args:
@@ -59,20 +62,21 @@ class UserSequenceDataset(Dataset[SeqBatch]):
         users = self.reviews.histories["train"]["userId"].tolist()
         rows = [(user, *one) for user, one in zip(users, questions, strict=True) if one[0]]
         self.without_history = len(questions) - len(rows)
-        self._users = torch.tensor([user for user, _, _ in rows], dtype=torch.long)
-        self._ids = torch.stack([padded(history, max_seq_len) for _, history, _ in rows])
-        self._next = torch.tensor([following for _, _, following in rows], dtype=torch.long)
+        self.user_ids = torch.tensor([user for user, _, _ in rows], dtype=torch.long)
+        ids = [padded(history, max_seq_len) for _, history, _ in rows]
+        self.ids = torch.stack(ids) if ids else torch.empty(0, max_seq_len, dtype=torch.long)
+        self.ids_fut = torch.tensor([following for _, _, following in rows], dtype=torch.long)
 
     def __len__(self) -> int:
-        return len(self._users)
+        return len(self.user_ids)
 
     def __getitem__(self, index: int) -> SeqBatch:
         """A user: shapes (), (T,), (), (T, D), (D,), (T,)."""
-        ids, following = self._ids[index], self._next[index]
+        ids, following = self.ids[index], self.ids_fut[index]
         mask = ids != PADDING
         x = self.reviews.x
         return SeqBatch(
-            user_ids=self._users[index],
+            user_ids=self.user_ids[index],
             ids=ids,
             ids_fut=following,
             x=x[ids.clamp(min=0)] * mask.unsqueeze(-1),

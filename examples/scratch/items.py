@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.data.item_vectors import item_vectors
 from examples.scratch.settings import CodesSettings
-from examples.scratch.vectors import item_vectors
 from rectokens.artifacts.store import ArtifactStore
 from rectokens.artifacts.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from rectokens.catalog.artifact import save_catalog

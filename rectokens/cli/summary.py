@@ -18,8 +18,7 @@ from rectokens.catalog.artifact import load_catalog, read_trie
 from rectokens.catalog.collisions import report_of_group_sizes
 from rectokens.catalog.invariants import all_leaf_codes
 from rectokens.schemas.catalog_trie import CatalogTrie
-
-HISTOGRAM_BINS = 32
+from rectokens.tokenizers.quality import code_use
 
 
 def summarize(path: Path, *, verify: bool) -> dict[str, Any]:
@@ -46,38 +45,16 @@ def summarize(path: Path, *, verify: bool) -> dict[str, Any]:
     return {"path": str(path), "verified": verify, **asdict(manifest), "details": details}
 
 
-def code_use(counts: Tensor) -> dict[str, Any]:
-    """How evenly the codes of one level are used.
-
-    Args:
-        counts: int64 (K,), items that have each code.
-
-    Returns:
-        ``codes_used`` of ``codes``; ``entropy_bits`` of the distribution of items over codes and
-        ``perplexity``, 2 to that; ``histogram``, items in up to 32 bins of neighbouring codes.
-    """
-    used = counts[counts > 0].double()
-    shares = used / used.sum()
-    entropy = float(-(shares * shares.log2()).sum())
-    bins = min(HISTOGRAM_BINS, counts.numel())
-    bin_of = torch.arange(counts.numel()) * bins // counts.numel()
-    histogram = torch.zeros(bins, dtype=torch.long).index_add_(0, bin_of, counts)
-    return {
-        "codes": counts.numel(),
-        "codes_used": used.numel(),
-        "entropy_bits": abs(entropy),
-        "perplexity": 2**entropy,
-        "histogram": histogram.tolist(),
-    }
-
-
 def _tokenizer(path: Path, manifest: Manifest, verify: bool) -> dict[str, Any]:
     artifact = load_tokenizer(path, verify_checksums=verify)
+    report = dict(artifact.report)
+    levels = report.pop("code_use", None)
     return {
         "class": type(artifact.tokenizer).__name__,
         "fingerprint": artifact.fingerprint,
         "fitted_on": artifact.fitted_on,
-        "report": artifact.report,
+        "report": report,
+        **({"levels": levels} if levels else {}),
     }
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from rectokens.tokenizers.batches import Batch, checked_batches
 from rectokens.tokenizers.residual import ResidualTokenizer
 
+HISTOGRAM_BINS = 32
+
 
 def quality_report(tokenizer: ResidualTokenizer, batches: Iterable[Batch]) -> dict[str, Any]:
     """Quality figures over all rows, in one pass; memory grows by the codes and a hash a row.
@@ -27,7 +29,7 @@ def quality_report(tokenizer: ResidualTokenizer, batches: Iterable[Batch]) -> di
         equal rows make unavoidable. Per level, as lists: ``reconstruction_error``, what the
         levels up to this one leave of the variance, sum ||x - x̂||² / sum ||x - mean||² (over
         sum ||x||² where the rows are all equal); ``codes_used``; ``entropy_bits``, of the codes'
-        shares, at most log2 K.
+        shares, at most log2 K; ``code_use``, the :func:`code_use` of each level.
 
     Raises:
         RuntimeError: the tokenizer is not fitted.
@@ -66,14 +68,43 @@ def quality_report(tokenizer: ResidualTokenizer, batches: Iterable[Batch]) -> di
     variance = squares - float(sums.square().sum()) / num_items
     scale = next((value for value in (variance, energy) if value > 0), 1.0)
     collisions = collision_report(codes)
-    use = [_code_use(column, tokenizer.codebook_size) for column in codes.unbind(1)]
+    use = [
+        code_use(torch.bincount(column.long(), minlength=tokenizer.codebook_size))
+        for column in codes.unbind(1)
+    ]
     return {
         **collisions,
         "p_unique": collisions["num_semantic_ids"] / num_items,
         **identical.report(),
         "reconstruction_error": [error / scale for error in errors],
-        "codes_used": [used for used, _ in use],
-        "entropy_bits": [bits for _, bits in use],
+        "codes_used": [level["codes_used"] for level in use],
+        "entropy_bits": [level["entropy_bits"] for level in use],
+        "code_use": use,
+    }
+
+
+def code_use(counts: Tensor) -> dict[str, Any]:
+    """How evenly the codes of one level are used.
+
+    Args:
+        counts: int64 (K,), items that have each code, of at least one item.
+
+    Returns:
+        ``codes_used`` of ``codes``; ``entropy_bits`` of the distribution of items over codes and
+        ``perplexity``, 2 to that; ``histogram``, items in up to 32 bins of neighbouring codes.
+    """
+    used = counts[counts > 0].double()
+    shares = used / used.sum()
+    entropy = max(-float((shares * shares.log2()).sum()), 0.0)
+    bins = min(HISTOGRAM_BINS, counts.numel())
+    bin_of = torch.arange(counts.numel()) * bins // counts.numel()
+    histogram = torch.zeros(bins, dtype=torch.long).index_add_(0, bin_of, counts)
+    return {
+        "codes": counts.numel(),
+        "codes_used": used.numel(),
+        "entropy_bits": entropy,
+        "perplexity": 2**entropy,
+        "histogram": histogram.tolist(),
     }
 
 
@@ -90,10 +121,3 @@ def _errors_by_level(
             gaps = rows - tokenizer.from_latent(latent).float()
             errors.append(float(gaps.double().square().sum()))
     return errors
-
-
-def _code_use(codes: Tensor, codebook_size: int) -> tuple[int, float]:
-    """How many codes occur, and the entropy of their shares in bits."""
-    hits = torch.bincount(codes.long(), minlength=codebook_size).double()
-    shares = hits[hits > 0] / hits.sum()
-    return shares.numel(), max(-float((shares * shares.log2()).sum()), 0.0)

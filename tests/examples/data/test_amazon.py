@@ -107,10 +107,10 @@ def test_no_test_item_leaks_in_the_real_data():
     for name in ("train", "eval", "test"):
         dataset = UserSequenceDataset(reviews, seq_split=name, max_seq_len=300)
         assert len(dataset) == 22_363
-        targets[name] = dataset._next
+        targets[name] = dataset.ids_fut
         later = {"train": 2, "eval": 1, "test": 0}[name]
         for user, ids, following in zip(
-            dataset._users.tolist(), dataset._ids.tolist(), dataset._next.tolist(), strict=True
+            dataset.user_ids.tolist(), dataset.ids.tolist(), dataset.ids_fut.tolist(), strict=True
         ):
             seen = [*(item for item in ids if item >= 0), following]
             assert seen == list(sequences[user][: len(sequences[user]) - later])

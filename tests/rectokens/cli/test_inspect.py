@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rectokens.cli.inspect import sparkline
-from rectokens.cli.summary import code_use
+from rectokens.tokenizers.quality import code_use
 
 
 @pytest.fixture

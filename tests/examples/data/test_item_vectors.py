@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.scratch.vectors import item_vectors
+from examples.data.item_vectors import item_vectors
 
 
 def vectors(train, **how):
