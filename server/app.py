@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from server.proxy.service import Proxy
 from server.release import ReleaseLoader
 from server.service import Service
 from server.settings import Settings
+from server.tracing.spans import make_spans
 
 PROXY_PATH = "/proxy"
 
@@ -48,7 +50,8 @@ def create_app(
     Returns:
         The app; ``app.state.service`` is its :class:`~server.service.Service`.
     """
-    service = Service(settings, load_release)
+    spans = make_spans(settings, "rectokens")
+    service = Service(settings, load_release, spans)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +66,7 @@ def create_app(
             if proxy is not None:
                 await proxy.stop()
             await service.stop()
+            await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="rectokens",
@@ -74,6 +78,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
+    app.state.spans = spans
     app.state.link = link
     app.state.job_watchers = set()
     app.state.admin_guard = AdminGuard(settings.admin, settings.access.reload_s)
@@ -98,7 +103,7 @@ def create_app(
         ADMIN_PATH: settings.admin.max_body_bytes,
     }
     if proxy is not None:
-        app.mount(PROXY_PATH, mounted_proxy_app(settings, proxy))
+        app.mount(PROXY_PATH, mounted_proxy_app(settings, proxy, spans))
         max_bytes_below[f"{PROXY_PATH}/"] = settings.proxy.max_body_bytes
     add_middleware(
         app,
@@ -109,5 +114,6 @@ def create_app(
         timeout_s_below={UPLOADS_PATH: settings.admin.upload_timeout_s},
         # Below /admin/ there is a guard of its own.
         open_paths=(*OPEN_PATHS, *(f"{PROXY_PATH}{path}" for path in OPEN_PATHS), ADMIN_PATH),
+        spans=spans,
     )
     return app

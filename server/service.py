@@ -22,6 +22,7 @@ from server.rehearsal.sample import RecentQueries
 from server.release import Release, ReleaseError, ReleaseLoader, start_request
 from server.retired import RetiredReleases
 from server.settings import Settings
+from server.tracing.spans import Spans
 
 _log = structlog.get_logger(__name__)
 
@@ -57,8 +58,11 @@ class Service:
         active_since_s: Unix time at which the release became active, None before that.
     """
 
-    def __init__(self, settings: Settings, load_release: ReleaseLoader) -> None:
+    def __init__(
+        self, settings: Settings, load_release: ReleaseLoader, spans: Spans | None = None
+    ) -> None:
         self.settings = settings
+        self._spans = spans or Spans()
         self.metrics = Metrics()
         self.load_error: BaseException | None = None
         self.retired = RetiredReleases()
@@ -150,8 +154,7 @@ class Service:
         Raises:
             ServiceError: see ``Recommender.recommend``.
         """
-        with self._answering():
-            recommendation = await self._recommender.recommend(query, release)
+        recommendation = await self._answer(query, release)
         self.recent.add(query)
         shortfall = recommendation.answer.result.shortfall
         reason = None if shortfall is None else shortfall.reason
@@ -164,8 +167,7 @@ class Service:
         Raises:
             ServiceError: see ``Recommender.recommend``.
         """
-        with self._answering():
-            return await self._recommender.recommend(query, release)
+        return await self._answer(query, release)
 
     async def recommend_all(
         self, queries: Sequence[RecommendQuery], release: Release
@@ -181,6 +183,12 @@ class Service:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    async def _answer(self, query: RecommendQuery, release: Release) -> Recommendation:
+        with self._answering(), self._spans.search() as tell:
+            recommendation = await self._recommender.recommend(query, release)
+            tell(recommendation)
+            return recommendation
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -108,6 +108,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line that is written."
     )
+    tracing: bool = Field(
+        default=False,
+        description="Send OpenTelemetry traces by OTLP over HTTP; needs the extra `otel`. Where to "
+        "and how many, OpenTelemetry's own variables tell: OTEL_EXPORTER_OTLP_ENDPOINT, "
+        "OTEL_TRACES_SAMPLER and so on.",
+    )
     drain_timeout_s: float = Field(
         default=30.0,
         ge=0,

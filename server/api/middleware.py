@@ -23,6 +23,7 @@ from server.api.responses import error_response
 from server.errors import INTERNAL_MESSAGE, ErrorKind
 from server.metrics import HttpMetrics
 from server.settings import Settings
+from server.tracing.spans import Spans
 
 T = TypeVar("T")
 
@@ -46,12 +47,14 @@ def add_middleware(
     max_bytes_below: Mapping[str, int] = _NOTHING,
     timeout_s_below: Mapping[str, float] = _NO_TIMES,
     open_paths: Collection[str],
+    spans: Spans,
 ) -> None:
     """Put what happens around every request around an app.
 
     Args:
         max_bytes: see ``BodyLimitMiddleware``, and the two after it.
         open_paths: that need no API key where there are any; see ``ApiKeyMiddleware``.
+        spans: told of every request.
 
     Raises:
         SettingsError: the file of API keys cannot be used.
@@ -77,7 +80,12 @@ def add_middleware(
             allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
             expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
         )
-    app.add_middleware(RequestContextMiddleware, metrics=metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics, spans=spans)
+    app.add_middleware(_around, spans=spans)
+
+
+def _around(app: ASGIApp, spans: Spans) -> ASGIApp:
+    return spans.around(app)
 
 
 class RequestContextMiddleware:
@@ -86,9 +94,10 @@ class RequestContextMiddleware:
     A valid ``X-Request-ID`` is kept; the answer carries the id either way.
     """
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, spans: Spans) -> None:
         self._app = app
         self._metrics = metrics
+        self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
@@ -104,10 +113,12 @@ class RequestContextMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                self._spans.routed(scope["method"], _route_template(scope))
             await send(message)
 
         started = time.monotonic()
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        fields = self._spans.began(request_id)
+        with structlog.contextvars.bound_contextvars(request_id=request_id, **fields):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception:

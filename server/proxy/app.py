@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from server.api.middleware import OPEN_PATHS, add_middleware
 from server.proxy import routes
 from server.proxy.service import Proxy
 from server.settings import Settings
+from server.tracing.spans import Spans, make_spans
 
 _DESCRIPTION = """Completions and chats for an upstream that takes prompts as embeddings.
 
@@ -29,7 +31,8 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
         settings: of HTTP and of the proxy.
         proxy: stopped when the app ends.
     """
-    app = mounted_proxy_app(settings, proxy)
+    spans = make_spans(settings, "rectokens-proxy")
+    app = mounted_proxy_app(settings, proxy, spans)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -37,6 +40,7 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
             yield
         finally:
             await proxy.stop()
+            await asyncio.to_thread(spans.close)
 
     app.router.lifespan_context = lifespan
     add_middleware(
@@ -45,11 +49,12 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
         proxy.metrics,
         max_bytes=settings.proxy.max_body_bytes,
         open_paths=OPEN_PATHS,
+        spans=spans,
     )
     return app
 
 
-def mounted_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
+def mounted_proxy_app(settings: Settings, proxy: Proxy, spans: Spans) -> FastAPI:
     """The proxy's routes for an app that has its own middleware, and that stops the proxy."""
     app = FastAPI(
         title="rectokens proxy",
@@ -60,6 +65,7 @@ def mounted_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.proxy = proxy
+    app.state.spans = spans
     app.include_router(routes.router, dependencies=documented_key(settings))
     app.include_router(routes.open_router)
     add_docs_page(app)

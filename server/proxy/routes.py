@@ -23,6 +23,7 @@ from server.proxy.events import Convert, relay
 from server.proxy.requests import ProxyRequest, read_chat, read_completion
 from server.proxy.service import Proxy
 from server.proxy.upstream import Answer
+from server.tracing.spans import Spans
 
 router = APIRouter(tags=["proxy"], route_class=StrictJsonRoute)
 # What orchestrators ask; no key is needed.
@@ -201,13 +202,16 @@ async def _json_object(request: Request) -> dict[str, Any]:
 
 def _headers(request: Request, proxy: Proxy) -> dict[str, str]:
     """What the upstream learns of the client."""
-    headers = {}
+    headers: dict[str, str] = {}
     request_id = structlog.contextvars.get_contextvars().get("request_id")
     if request_id is not None:
         headers["X-Request-ID"] = str(request_id)
     authorization = request.headers.get("authorization")
     if authorization is not None and proxy.settings.forward_authorization:
         headers["Authorization"] = authorization
+    spans = request.app.state.spans
+    if isinstance(spans, Spans):
+        spans.pass_on(headers)
     return headers
 
 

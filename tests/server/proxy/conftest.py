@@ -270,8 +270,8 @@ def parts(store: Store) -> Any:
 
 @pytest.fixture
 async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
-    """``await start_proxy(catalog=False, url=None, **settings)``; ``group__name`` is any setting,
-    other names are the proxy's own.
+    """``await start_proxy(catalog=False, url=None, **settings)``; ``group__name`` and ``__name``
+    are any settings, other names are the proxy's own.
     """
     from server.proxy.app import create_proxy_app
     from server.proxy.encoder import EmbedsEncoder
@@ -285,7 +285,8 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
             *, catalog: bool = False, url: str | None = None, **flags: Any
         ) -> RunningProxy:
             named = {
-                k.replace("__", ".") if "__" in k else f"proxy.{k}": v for k, v in flags.items()
+                k.removeprefix("__").replace("__", ".") if "__" in k else f"proxy.{k}": v
+                for k, v in flags.items()
             }
             settings = load_settings({"proxy.upstream": url or upstream.url, **named})
             chosen = settings.proxy
