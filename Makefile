@@ -8,6 +8,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 DEMO ?= .demo
 DATA ?=
+AUDIT_FLAGS ?=
 # Of `make load`: the server, the kind of load (open, closed, steps), and flags beside.
 LOAD_URL ?= http://127.0.0.1:8000
 LOAD ?= open
@@ -18,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constr
 # More threads than free cores make torch many times slower; the tests need only one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help serve demo test check format chaos soak load bench docs clean
+.PHONY: help serve demo test check audit format chaos soak load bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -48,6 +49,9 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.installed-dev ## known weaknesses of the packages installed; skipped without an advisory database
+	$(BIN)/python .ci/audit.py $(AUDIT_FLAGS)
 
 format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
