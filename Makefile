@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constr
 # More threads than free cores make torch many times slower; the tests need only one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help serve demo test check audit format chaos soak load bench docs clean
+.PHONY: help serve demo test test-ray check audit format chaos soak load bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,13 @@ demo: $(VENV)/.installed-server ## build the demo, measure it through HTTP, stop
 
 test: $(VENV)/.installed-dev ## the whole suite
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable '.[ray]'
+	@touch $@
+
+test-ray: $(VENV)/.installed-ray ## a Ray cluster on this machine: replicas killed, scaled, swapped
+	RAY_TESTS=1 $(TEST_ENV) $(BIN)/python -m pytest tests/deploy/test_ray.py -q
 
 check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .

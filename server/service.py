@@ -124,6 +124,11 @@ class Service:
         """Whether no request is being answered."""
         return self._in_flight == 0
 
+    @property
+    def beam_rows(self) -> int:
+        """Beam rows of all requests that wait for the engine or run."""
+        return self._batcher.beam_rows
+
     def check_alive(self) -> None:
         """Raise if the engine thread has died.
 

@@ -125,7 +125,7 @@ class NpyEmbeddings:
         require_batch_size(batch_size)
         for start in range(0, self.num_rows, batch_size):
             stop = min(start + batch_size, self.num_rows)
-            yield _finite_rows(self._read(start, stop), start, self._path)
+            yield finite_rows(self._read(start, stop), start, self._path)
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows by an ordinary read: a mapped file that is cut short kills whoever touches it."""
@@ -182,7 +182,7 @@ class ParquetEmbeddings:
         for path in self._paths:
             row = 0
             for lists in _column_batches(path, self._column, batch_size):
-                yield _finite_rows(list_matrix(lists, self._dim, row, path), row, path)
+                yield finite_rows(list_matrix(lists, self._dim, row, path), row, path)
                 row += len(lists)
 
 
@@ -321,7 +321,12 @@ def _column_batches(path: Path, column: str, batch_size: int) -> Iterator[Any]:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _finite_rows(rows: NDArray[Any], first_row: int, path: Path) -> Tensor:
+def finite_rows(rows: NDArray[Any], first_row: int, path: Path) -> Tensor:
+    """Rows as float32, on the CPU.
+
+    Raises:
+        ValueError: a value that is NaN, infinite or beyond float32; names the row.
+    """
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes an infinity, told below
         batch = torch.from_numpy(np.array(rows, dtype=np.float32, order="C"))
     finite = batch.isfinite().all(dim=1)

@@ -116,6 +116,11 @@ class Batcher:
         """Their beam rows."""
         return self._room.held_rows
 
+    @property
+    def beam_rows(self) -> int:
+        """Beam rows of all requests that wait or run."""
+        return self._room.held_rows + self._running_rows
+
     def start(self) -> None:
         """Start the engine thread and the one that prepares its next batch."""
         self._loop = asyncio.get_running_loop()
