@@ -53,10 +53,14 @@ class Encoder:
         self._plan, self._out, self._batch_size = plan, out, batch_size
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode one piece; its rows."""
+        """Encode one piece; its rows, and what is wrong with them, if anything is."""
         piece = self._plan.pieces[int(row["piece"])]
-        encode_piece(self._artifact, self._plan, piece, self._out, self._batch_size)
-        return {"rows": piece.rows}
+        try:
+            encode_piece(self._artifact, self._plan, piece, self._out, self._batch_size)
+        except EncodeError as error:
+            # Ray would try again, and tell a traceback.
+            return {"rows": piece.rows, "error": str(error)}
+        return {"rows": piece.rows, "error": ""}
 
 
 def encode_on_ray(
@@ -75,7 +79,7 @@ def encode_on_ray(
     A worker that dies is replaced, and its piece encoded again.
 
     Raises:
-        Exception: what Ray raises where a piece cannot be encoded.
+        EncodeError: a piece that cannot be encoded; the others are done or left.
     """
     import ray
 
@@ -97,6 +101,8 @@ def encode_on_ray(
     with progress_bar("encoding", sum(piece.rows for piece in missing)) as on_rows:
         done = 0
         for row in dataset.iter_rows():
+            if row["error"]:
+                raise EncodeError(row["error"])
             done += int(row["rows"])
             on_rows(done)
 

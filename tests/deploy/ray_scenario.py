@@ -29,7 +29,7 @@ from ray import serve  # noqa: E402
 from deploy.ray.app import build  # noqa: E402
 from deploy.ray.config import ServeConfig  # noqa: E402
 from deploy.ray.encode import encode_on_ray  # noqa: E402
-from deploy.ray.encode_pieces import claim_folder, join_pieces, make_plan  # noqa: E402
+from deploy.ray.encode_pieces import EncodeError, claim_folder, join_pieces, make_plan  # noqa: E402
 from rectokens.artifacts.tokenizer import load_tokenizer  # noqa: E402
 
 PORT = 8_123
@@ -265,7 +265,16 @@ class Scenario:
         encode_on_ray(tokenizer, plan, missing, out, workers=2, batch_size=64)
         table = pq.read_table(join_pieces(plan, out))
         expected = artifact.tokenizer.encode(vectors).codes.tolist()
+        bad = self.folder / "bad.parquet"
+        pq.write_table(pa.table({"embedding": [[0.0] * 6, [float("nan")] * 6]}), bad)
+        broken = make_plan(bad, artifact)
+        try:
+            encode_on_ray(tokenizer, broken, list(broken.pieces), self.folder / "x", workers=1)
+            told = "nothing"
+        except EncodeError as error:
+            told = str(error).removeprefix(str(self.folder))
         return {
+            "told": told,
             "pieces": len(plan.pieces),
             "ids": table["item_id"].to_pylist() == [f"i{row}" for row in range(600)],
             "codes": table["codes"].to_pylist() == expected,

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from deploy.ray.encode import app
 from deploy.ray.encode_pieces import (
     EncodeError,
     claim_folder,
@@ -32,13 +34,16 @@ DIM = 6
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = RQKMeansTokenizer(num_levels=3, codebook_size=8, dim=DIM, seed=1)
     tokenizer.fit_step(torch.randn(100, DIM, generator=torch.Generator().manual_seed(0)))
     folder = tmp_path_factory.mktemp("tokenizers")
-    return load_tokenizer(
-        save_tokenizer(folder, tokenizer, report={"p_unique": 1.0}, fitted_on={"rows": 100})
-    )
+    return save_tokenizer(folder, tokenizer, report={"p_unique": 1.0}, fitted_on={"rows": 100})
+
+
+@pytest.fixture(scope="module")
+def artifact(tokenizer: Path) -> Any:
+    return load_tokenizer(tokenizer)
 
 
 def write_source(folder: Path, rows: tuple[int, ...] = (70, 33), group: int = 10) -> Path:
@@ -148,6 +153,24 @@ def test_a_source_that_changed_under_a_run_is_noticed(artifact: Any, tmp_path: P
     write_source(source, rows=(15,))
     with pytest.raises(EncodeError, match=r"has changed: 15 rows for 20|damaged"):
         encode_piece(artifact, plan, plan.pieces[0], out)
+
+
+def test_the_command_ends_a_run_whose_pieces_are_there(
+    tokenizer: Path, artifact: Any, tmp_path: Path
+) -> None:
+    source, out = write_source(tmp_path / "in"), tmp_path / "out"
+    plan = make_plan(source, artifact, copied=["item_id"], rows_per_piece=25)
+    for piece in claim_folder(plan, out):
+        encode_piece(artifact, plan, piece, out)
+    words = ["--tokenizer", tokenizer, "--embeddings", source, "--copy", "item_id"]
+    words += ["--rows-per-piece", 25, "--out", out]
+    ended = CliRunner().invoke(app, [str(word) for word in words])
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout.strip() == str(out / "codes.parquet")
+    ended = CliRunner().invoke(app, [*map(str, words), "--copy", "sku"])
+    assert ended.exit_code == 1
+    assert "error: " in ended.stderr
+    assert "no column 'sku'" in ended.stderr
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 15))

@@ -107,7 +107,13 @@ def test_beam_rows_add_a_replica(findings: dict[str, Any]) -> None:
 
 
 def test_a_catalog_is_encoded_by_workers(findings: dict[str, Any]) -> None:
-    assert findings["encoding"] == {"pieces": 6, "ids": True, "codes": True, "left": 0}
+    assert findings["encoding"] == {
+        "told": "/bad.parquet: row 1 holds nan; embeddings must be finite",
+        "pieces": 6,
+        "ids": True,
+        "codes": True,
+        "left": 0,
+    }
 
 
 def test_half_an_answer_does_not_look_whole(findings: dict[str, Any]) -> None:
