@@ -6,7 +6,9 @@
 Ray listens on all interfaces, hence the network namespace. Both servers run at once, each with one
 process that has the model, and are measured in turns: one request at a time, then several clients.
 What is counted is a request's time at the client without the service's own (`timings.total_ms`):
-HTTP, and for Ray its proxy, the router and two hops between processes. Answers are compared first.
+HTTP, and for Ray its proxy, the router and two hops between processes. Beside it stands the CPU
+time of a request, of all processes that it goes through, which hardly depends on what else the
+machine does. Answers are compared first.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import csv
 import itertools
 import platform
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,12 +26,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
+import psutil
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.scripts.benchmark.benchmark_service import percentile, release_or_random
+from examples.scripts.benchmark.benchmark_service import (
+    cpu_seconds,
+    percentile,
+    process_behind,
+    release_or_random,
+)
 from examples.scripts.benchmark.http_load import Connections, Reply, closed_loop
 from examples.scripts.benchmark.random_release import ReleaseShape
 from server.demo.running import serving
@@ -50,12 +59,14 @@ class Figures:
     Attributes:
         outside_s: of each request, at the client, beyond the service's own time.
         rates: requests a second, of each turn.
+        cpu_s: CPU time of a request, of each turn.
     """
 
     outside_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
 
-    def add(self, replies: list[Reply], seconds: float) -> None:
+    def add(self, replies: list[Reply], seconds: float, cpu_s: float) -> None:
         """Count one turn."""
         for reply in replies:
             if reply.status != 200:
@@ -63,6 +74,7 @@ class Figures:
             inside_ms = orjson.loads(reply.body)["timings"]["total_ms"]
             self.outside_s.append(reply.seconds - inside_ms / 1e3)
         self.rates.append(len(replies) / seconds)
+        self.cpu_s.append(cpu_s / len(replies))
 
     def row(self, server: str, clients: int) -> dict[str, Any]:
         """As figures."""
@@ -72,6 +84,7 @@ class Figures:
             "requests": len(self.outside_s),
             "outside_median_ms": round(1e3 * percentile(self.outside_s, 0.5), 2),
             "outside_p90_ms": round(1e3 * percentile(self.outside_s, 0.9), 2),
+            "cpu_median_ms": round(1e3 * statistics.median(self.cpu_s), 2),
             "requests_per_s": round(statistics.median(self.rates), 1),
         }
 
@@ -122,13 +135,31 @@ async def compare(base_urls: list[str], bodies: Iterator[bytes]) -> None:
             raise WrongAnswerError(f"{answers[0]} and {answers[1]}")
 
 
-async def turn(base_url: str, bodies: Iterator[bytes], clients: int, seconds: float) -> list[Reply]:
-    """One measurement, on connections that are open already."""
+async def turn(
+    base_url: str,
+    bodies: Iterator[bytes],
+    processes: list[psutil.Process],
+    clients: int,
+    seconds: float,
+) -> tuple[list[Reply], float, float]:
+    """One measurement, on connections that are open already: replies, seconds, CPU seconds."""
     connections = Connections(base_url, PATH)
     await closed_loop(connections, bodies, clients, 0.5)
+    started, cpu = time.monotonic(), sum(map(cpu_seconds, processes))
     replies = await closed_loop(connections, bodies, clients, seconds)
+    taken, cpu = time.monotonic() - started, sum(map(cpu_seconds, processes)) - cpu
     await connections.close()
-    return replies
+    return replies, taken, cpu
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Those that a request goes through: the proxy, the router and the replica."""
+    titles = ("ray::ProxyActor", "ray::ServeReplica:")
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith(titles)
+    ]
 
 
 def main(
@@ -155,12 +186,13 @@ def main(
         # The same prompt again and again: what it costs is not what is measured.
         body = orjson.dumps({"history": items, "top_k": 10, "beam_width": beam_width})
         bodies = itertools.repeat(body)
-        servers = {"uvicorn": plain, "ray": on_ray}
-        asyncio.run(compare(list(servers.values()), bodies))
+        servers = {"uvicorn": (plain, [process_behind(plain)]), "ray": (on_ray, ray_processes())}
+        asyncio.run(compare([plain, on_ray], bodies))
         found = {(name, count): Figures() for count in (1, clients) for name in servers}
         for _ in range(turns):
             for (name, count), figures in found.items():
-                figures.add(asyncio.run(turn(servers[name], bodies, count, seconds)), seconds)
+                base_url, processes = servers[name]
+                figures.add(*asyncio.run(turn(base_url, bodies, processes, count, seconds)))
     rows = [figures.row(name, count) for (name, count), figures in found.items()]
     table = Table(
         title="a request outside the service",
