@@ -7,8 +7,15 @@ to another replica.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+)
+from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -26,13 +33,14 @@ from deploy.ray.replica import REPLICA_HEADER, VARIANT_HEADER
 from deploy.ray.routing import choose_variant
 from server.api.completions import PATH as COMPLETIONS_PATH
 from server.api.handlers import install_error_handlers
-from server.api.middleware import REQUEST_ID_HEADER, add_middleware
+from server.api.middleware import OPEN_PATHS, REQUEST_ID_HEADER, add_middleware
 from server.api.recommend_batch import PATH as BATCH_PATH
 from server.api.responses import JSONResponse
 from server.api.sse import EventStream
 from server.errors import ErrorKind, ServiceError, invalid
 from server.metrics import HttpMetrics
 from server.settings import Settings
+from server.tracing.spans import Spans, make_spans
 
 _log = structlog.get_logger(__name__)
 
@@ -230,6 +238,14 @@ def create_router_app(
     """
     metrics = RouterMetrics()
     router = Router(config, variants, metrics)
+    own = _own_settings(settings.values())
+    spans = make_spans(own, "rectokens-router")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(spans.close)
+
     app = FastAPI(
         title="rectokens router",
         version=version("rectokens"),
@@ -237,11 +253,12 @@ def create_router_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        lifespan=lifespan,
     )
 
     async def pass_on(request: Request) -> Response:
         variant = router.choose(request.headers)
-        passed = await _read(request)
+        passed = await _read(request, spans)
         if _is_streamed(passed):
             return _PassedOn(*await router.stream(variant, passed), metrics.rejected)
         answer = await router.call(variant, passed)
@@ -279,8 +296,10 @@ def create_router_app(
             for one in found
             if one.status == 200
         ]
-        own = [("", metrics.render().decode())] if router_pages is None else await router_pages()
-        pages += [({"replica": name}, page) for name, page in own]
+        routers = (
+            [("", metrics.render().decode())] if router_pages is None else await router_pages()
+        )
+        pages += [({"replica": name}, page) for name, page in routers]
         # Pages are long; others' requests go on meanwhile.
         body = await asyncio.to_thread(merge_metrics, pages)
         return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -289,6 +308,7 @@ def create_router_app(
         ("/v1/{rest:path}", pass_on, _METHODS),
         ("/openapi.json", pass_on, ["GET"]),
         ("/docs", pass_on, ["GET"]),
+        ("/docs/{rest:path}", pass_on, ["GET"]),
         ("/health", health, ["GET", "HEAD"]),
         ("/ready", ready, ["GET", "HEAD"]),
         ("/metrics", all_metrics, ["GET"]),
@@ -297,34 +317,53 @@ def create_router_app(
     app.state.metrics = metrics
     install_error_handlers(app, metrics)
 
-    every = list(settings.values())
-    bodies = {
-        BATCH_PATH: max(one.limits.max_bulk_body_bytes for one in every),
-        COMPLETIONS_PATH: max(one.limits.max_completion_body_bytes for one in every),
-    }
-    # Other sites' pages are a matter of the variants, which answer for themselves.
-    first = every[0]
-    closed = first.model_copy(update={"http": first.http.model_copy(update={"cors_origins": ()})})
     add_middleware(
         app,
-        closed,
+        own,
         metrics,
-        max_bytes=max(one.limits.max_body_bytes for one in every),
-        max_bytes_below=bodies,
+        max_bytes=own.limits.max_body_bytes,
+        max_bytes_below={
+            BATCH_PATH: own.limits.max_bulk_body_bytes,
+            COMPLETIONS_PATH: own.limits.max_completion_body_bytes,
+        },
+        open_paths=OPEN_PATHS,
+        spans=spans,
     )
     return app
 
 
-async def _read(request: Request) -> HttpRequest:
-    request_id = structlog.contextvars.get_contextvars().get("request_id", "")
-    own = REQUEST_ID_HEADER.lower().encode()
-    headers = [(name, value) for name, value in _passed_on(request.headers.raw) if name != own]
+def _own_settings(variants: Iterable[Settings]) -> Settings:
+    """Of the router: the widest limits of its variants.
+
+    Keys and pages of other sites are a matter of the variants, which answer for themselves.
+    """
+    every = list(variants)
+    first = every[0]
+    widest = {
+        name: max(getattr(one.limits, name) for one in every)
+        for name in ("max_body_bytes", "max_bulk_body_bytes", "max_completion_body_bytes")
+    }
+    return first.model_copy(
+        update={
+            "limits": first.limits.model_copy(update=widest),
+            "http": first.http.model_copy(update={"cors_origins": ()}),
+            "access": first.access.model_copy(update={"keys_file": None}),
+            "tracing": any(one.tracing for one in every),
+        }
+    )
+
+
+async def _read(request: Request, spans: Spans) -> HttpRequest:
+    own = {REQUEST_ID_HEADER: structlog.contextvars.get_contextvars().get("request_id", "")}
+    spans.pass_on(own)
+    encoded = {name.lower().encode(): value.encode() for name, value in own.items()}
+    given = [one for one in _passed_on(request.headers.raw) if one[0] not in encoded]
     client = request.client
     return HttpRequest(
         request.method,
         request.url.path,
         request.scope.get("query_string", b""),
-        (*headers, (own, request_id.encode())),
+        (*given, *encoded.items()),
         await request.body(),
         None if client is None else (client.host, client.port),
     )
