@@ -14,8 +14,8 @@ class PromptBuilder(Protocol):
     Two guarantees bind the methods. With ``ids, labels = training_sequence(parts)`` and p the
     position in ``ids`` where the codes of the item ``parts[k]`` begin:
 
-    - ``build(parts[:k]).token_ids == ids[:p]`` for every item of a history that is not
-      truncated, and for the last item of any history;
+    - ``build(parts[:k]).token_ids == ids[:p]`` for every item with labels of a history that is
+      not truncated, and for the last item of any history;
     - ``target(parts[k].codes)`` equals the ids from p on.
 
     So one causal pass over a training sequence trains the model on every prompt that serving

@@ -49,3 +49,18 @@ def boolean(params: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be true or false")
     return value
+
+
+def token_ids(params: Mapping[str, Any], name: str) -> list[int]:
+    """The parameter ``name``, a list of token ids.
+
+    Raises:
+        ValueError: not a list of integers from 0 to 2**31 - 1.
+    """
+    value = params[name]
+    if not isinstance(value, list) or not all(
+        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31
+        for token in value
+    ):
+        raise ValueError(f"{name} is {value!r}; it must be a list of token ids")
+    return list(value)

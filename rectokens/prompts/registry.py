@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rectokens.prompts import interleaved, item_history
+from rectokens.prompts import framed_history, interleaved, item_history
 from rectokens.prompts.builder import PromptBuilder
 from rectokens.prompts.recipe import PromptRecipe
 from rectokens.schemas.item_tokens import ItemTokens
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # A published (name, version) never changes: models were trained with it.
 _FACTORIES: dict[tuple[str, int], Factory] = {
+    (framed_history.NAME, 1): lambda recipe, items, _: framed_history.framed_history_v1(
+        recipe.params, items
+    ),
     (item_history.NAME, 1): lambda recipe, items, _: item_history.item_history_v1(
         recipe.params, items
     ),

@@ -7,7 +7,7 @@ from rectokens.prompts.registry import known_builders, prompt_builder
 
 
 def test_known_builders(item_tokens, aware):
-    assert known_builders() == (("interleaved", 1), ("item_history", 1))
+    assert known_builders() == (("framed_history", 1), ("interleaved", 1), ("item_history", 1))
     for name, version in known_builders():
         builder = prompt_builder(PromptRecipe(name, version, {}), item_tokens, aware)
         assert (builder.name, builder.version) == (name, version)
@@ -17,7 +17,7 @@ def test_known_builders(item_tokens, aware):
 def test_unknown_builder_names_the_known(item_tokens, name, version):
     with pytest.raises(
         ValueError,
-        match=f"'{name}' version {version}; known are interleaved version 1, item_history",
+        match=f"'{name}' version {version}; known are framed_history version 1, interleaved",
     ):
         prompt_builder(PromptRecipe(name, version, {}), item_tokens)
 
