@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.evaluation.ranks import LARGEST_K, RankedQuestions, figures
+from examples.evaluation.ranks import LARGEST_K, figures, held_out_searches
 from server.demo.data import DemoData, HeldOut, leave_one_out
 from server.demo.evaluate import EvaluationSettings, endpoint_ranks, sample_questions
 from server.release import load_release
@@ -67,7 +67,7 @@ def library_ranks(
     loaded = load_release(Settings(release=release, device=device))
     engine: Any = loaded.engine
     return {
-        title: RankedQuestions(
+        title: held_out_searches(
             loaded.catalog,
             loaded.prompts,
             data.item_ids,

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from examples.evaluation.ranks import RankedQuestions, figures
+from examples.evaluation.ranks import Searches, figures, held_out_searches
 from examples.evaluation.release import MODES
-from examples.scratch.card import commit_of, model_card
 from examples.scratch.items import CodedItems, code_items
 from examples.scratch.model import item_tokens, new_model, prompt_recipe
 from examples.scratch.objective import Objective
@@ -31,6 +30,7 @@ from examples.scratch.stream import WindowStream
 from examples.scratch.teacher import Teacher
 from examples.scratch.trainer import ScratchTrainer, Weights, training_arguments
 from examples.scratch.windows import Histories
+from examples.trainer.card import commit_of, model_card
 from rectokens.artifacts.manifest import ParentRef
 from rectokens.artifacts.model import RetrievalSpec, save_model
 from rectokens.artifacts.open_store import open_release_store
@@ -44,6 +44,18 @@ from server.engine.engine import Engine
 from server.engine.loading import choose_runner
 
 STORE, FIGURES = "store", "figures.json"
+_SUMMARY = (
+    "A Qwen3-configuration language model of {parameters} parameters, trained from fresh weights "
+    "over item tokens alone. It continues a history of semantic IDs; the server's constrained "
+    "search over the catalog of its release makes items of that. Scores are meant with "
+    "`normalization` `children` (the server's default); it knows no text."
+)
+_PROTOCOL = (
+    "Full ranking over all items. Items that share a semantic ID are ranked in the order of the "
+    "catalog (training count, then a hash of the id).",
+    "Validation figures, with the history's items left out, chose the weights; test users were "
+    "looked at once, afterwards.",
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
     )
     questions = sample_questions(split.validation, recipe.validation.users, recipe.seed)
     validation = Searcher(model, items, recipe, device)
-    ranked = RankedQuestions(
+    ranked = held_out_searches(
         items.catalog,
         builder,
         data.item_ids,
@@ -205,7 +217,7 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
     test: dict[str, dict[str, float]] = {}
     if options.evaluate_test:
         for title, excluded in MODES.items():
-            ranked = RankedQuestions(
+            ranked = held_out_searches(
                 items.catalog,
                 builder,
                 data.item_ids,
@@ -225,6 +237,8 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
         "torch": torch.__version__,
     }
     card = model_card(
+        summary=_SUMMARY,
+        protocol=_PROTOCOL,
         data={
             "name": data.name,
             "items": f"{len(data.item_ids):,}",
@@ -290,7 +304,7 @@ class Searcher:
         self._trie = items.catalog.trie.to(device)
         self._batch_size = recipe.validation.batch_size
 
-    def ranks(self, weights: Weights, questions: RankedQuestions) -> list[int | None]:
+    def ranks(self, weights: Weights, questions: Searches) -> list[int | None]:
         """Ranks of the questions' targets with these weights (names as in the model)."""
         self._model.load_state_dict(weights, strict=False)
         return questions.ranks(self._engine, self._trie, batch_size=self._batch_size)

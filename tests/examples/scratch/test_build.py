@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.evaluation.ranks import RankedQuestions, figures
+from examples.evaluation.ranks import figures, held_out_searches
 from examples.scratch.build import FIGURES, STORE, train_release
 from examples.scratch.settings import CodesSettings, OptimizerSettings, ValidationSettings
 from rectokens.artifacts.open_store import open_release_store
@@ -24,7 +24,7 @@ def test_the_release_is_served_as_it_is_and_ranks_as_measured(trained, data):
     test = leave_one_out(data.sequences).test
     told = json.loads((folder / FIGURES).read_text())["test"]
     for title, excluded in (("history left out", True), ("all items ranked", False)):
-        questions = RankedQuestions(
+        questions = held_out_searches(
             release.catalog,
             release.prompts,
             data.item_ids,

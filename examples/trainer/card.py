@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def model_card(
     *,
+    summary: str,
+    protocol: Sequence[str],
     data: Mapping[str, Any],
     parameters: int,
     settings: Mapping[str, Any],
@@ -21,6 +23,8 @@ def model_card(
     """The card, Markdown.
 
     Args:
+        summary: what the model is; ``{parameters}`` stands for their number.
+        protocol: paragraphs before the figures: how they were made.
         data: name and counts.
         parameters: of the model.
         settings: every gin parameter, by its dotted name.
@@ -38,10 +42,7 @@ def model_card(
         "",
         f"# Generative retrieval over {data['name']}",
         "",
-        f"A Qwen3-configuration language model of {parameters:,} parameters, trained from fresh "
-        "weights over item tokens alone. It continues a history of semantic IDs; the server's "
-        "constrained search over the catalog of its release makes items of that. Scores are "
-        "meant with `normalization` `children` (the server's default); it knows no text.",
+        summary.format(parameters=f"{parameters:,}"),
         "",
         "## Data",
         "",
@@ -52,11 +53,8 @@ def model_card(
         "",
         "## Figures",
         "",
-        "Full ranking over all items. Items that share a semantic ID are ranked in the order of "
-        "the catalog (training count, then a hash of the id). Validation figures chose the "
-        "weights; test users were looked at once, afterwards.",
-        "",
-        "Validation users, history left out:",
+        *(line for paragraph in protocol for line in (paragraph, "")),
+        "Validation users:",
         "",
         *_table({n: f"{v:.4f}" for n, v in validation.items()}, "figure", "value"),
     ]
