@@ -56,7 +56,8 @@ class FramedHistoryBuilder:
         self._items = item_tokens
         self._max_items, self._block_items = max_items, block_items
         self._head, self._before, self._tail = list(head), list(before_item), list(tail)
-        self._end = [item_tokens.end_token_id] if end_token else []
+        end = item_tokens.end_token_id
+        self._end = [end] if end_token and end is not None else []
 
     @property
     def max_prompt_tokens(self) -> int:
