@@ -31,6 +31,9 @@ class StepSettings:
         warp: pairs of a tile that a warp takes.
         programs: programs that fill the device twice over; fewer rows a tile where needed.
         waves: times ``programs`` that share cut rows, at most.
+        part: children of a cut row that a program looks at first, at least.
+        most_parts: programs that look at one, at most; a power of two.
+        part_warp: children of a part that a warp takes.
         direct: pairs of a request up to which all of them are ranked, without a short list.
         pairs_a_copy: pairs of a request for which it gets another copy of its histogram.
         copies: copies of a histogram, at most.
@@ -45,7 +48,10 @@ class StepSettings:
     tile: int = 1024
     warp: int = 128
     programs: int = 264
-    waves: int = 4
+    waves: int = 2
+    part: int = 1024
+    most_parts: int = 8
+    part_warp: int = 256
     direct: int = 2048
     pairs_a_copy: int = 1 << 15
     copies: int = 16
@@ -242,7 +248,7 @@ def _score(
         kernels.stats_kernel[(rows_in, parts, batch)](
             table.entries, buffers.nodes[depth], buffers.scores[depth], logits, *asked,
             buffers.poisoned, scratch.parts, *sizes, **forms, PARTS=parts, BLOCK=stats_block,
-            **early, num_warps=max(1, min(16, stats_block // 256)))  # fmt: skip
+            **early, num_warps=max(1, min(16, stats_block // settings.part_warp)))  # fmt: skip
     kernels.score_kernel[(triton.cdiv(rows_in, rows), tiles, batch)](
         table.entries, buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
         buffers.perturbed[depth], logits, *norms, *asked, buffers.poisoned, scratch.parts,
@@ -256,8 +262,8 @@ def _score(
 def _parts(level: LevelShape, rows: int, settings: StepSettings) -> int:
     """Programs that look at a long row, so that all rows together fill the device."""
     wanted = max(settings.programs * settings.waves // rows, 1)
-    parts = 1 << min(wanted.bit_length() - 1, 3)
-    return min(parts, int(triton.next_power_of_2(triton.cdiv(level.max_children, 1024))))
+    parts = min(1 << (wanted.bit_length() - 1), settings.most_parts)
+    return min(parts, int(triton.next_power_of_2(triton.cdiv(level.max_children, settings.part))))
 
 
 def _children_a_part(level: LevelShape, parts: int) -> int:

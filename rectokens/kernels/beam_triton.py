@@ -258,6 +258,10 @@ def score_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, perturbed_ptr,
     node = tl.load(nodes_ptr + row, mask=live, other=0)
     first = tl.load(row_ptrs + node, mask=live, other=0)
     children = tl.load(row_ptrs + node + 1, mask=live, other=0) - first
+    if PARTS:
+        # Of programs that share a row, the first one also writes its normalisers.
+        if (tl.program_id(1) > 0) & (tl.program_id(1) * BLOCK >= tl.max(children, axis=0)):
+            return
     logits_row = request * logits_batch + beam.to(tl.int64) * logits_beam
     prefix, listed, start_, counts_ptr, excluded = filters_of(
         request, prefixes_ptr, allow_list_ptr, exclusion_start_ptr, exclusion_end_ptr,
