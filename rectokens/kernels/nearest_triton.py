@@ -15,6 +15,9 @@ products on the tensor cores, ||c||² - 2x·c, and knows for every score a bound
 
 Where only a second code is within the bounds of the best, both are compared by the squared
 differences themselves, in float64; where more are, all codes are. Ties go to the lowest index.
+
+With few rows and many codes `part_kernel` shares the codes of a tile of rows among programs, each
+of which finds the nearest of its own; `merge_kernel` compares those by their float64 distances.
 """
 
 from rectokens.kernels.optional_triton import tl, triton
@@ -98,7 +101,8 @@ def _merge(a1, a2, a3, b1, b2, b3):
 @triton.jit
 def _candidates(x_ptr, local, in_rows, high_ptr, low_ptr, squares_ptr, num_codes,
                 DIM: tl.constexpr, EXACT: tl.constexpr, BLOCK_B: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                LENGTH_D: tl.constexpr):  # fmt: skip
     """Each row's best code and the second, whether the two must be compared, whether all must."""
     by_lengths = 1.01 * (6.0 * 2.0**-18 + 2.0 * (1.25 * DIM + 32) * 2.0**-23 + 16 * _UNIT)
     by_square = 8 * _UNIT
@@ -106,8 +110,8 @@ def _candidates(x_ptr, local, in_rows, high_ptr, low_ptr, squares_ptr, num_codes
     x_base = x_ptr + local[:, None] * DIM
     reach = tl.zeros((BLOCK_B,), tl.float32)
     if EXACT:
-        for start in range(0, DIM, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+        for start in range(0, DIM, LENGTH_D):
+            d = start + tl.arange(0, LENGTH_D)
             mask = in_rows[:, None] & (d < DIM)[None, :]
             x = tl.load(x_base + d[None, :], mask=mask, other=0.0).to(tl.float32)
             reach += tl.sum(x * x, axis=1)
@@ -222,18 +226,14 @@ def _of_all(x_row_ptr, codes_ptr, num_codes, DIM: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _level(source, codes, high, low, squares, scratch_ptr, local, rows, in_rows, out_ptr,
-           distance_ptr, num_codes, leaves_over, LEVELS: tl.constexpr, DIM: tl.constexpr,
-           EXACT: tl.constexpr, WITH_DISTANCE: tl.constexpr, BLOCK_B: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LOOK_N: tl.constexpr,
-           LOOK_D: tl.constexpr):  # fmt: skip
-    """One level of one tile: codes to `out`; what is left over to `scratch`, if the next needs it.
-
-    `source` and `scratch` are those of the tile and may be one: a barrier parts reads and writes.
-    """
+def _nearest(source, codes, high, low, squares, local, in_rows, num_codes, DIM: tl.constexpr,
+             EXACT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_D: tl.constexpr, LENGTH_D: tl.constexpr, LOOK_N: tl.constexpr,
+             LOOK_D: tl.constexpr):  # fmt: skip
+    """The nearest code of each row of a tile: int32 [BLOCK_B]."""
     best, second, undecided, several = _candidates(source, local, in_rows, high, low, squares,
                                                    num_codes, DIM, EXACT, BLOCK_B, BLOCK_N,
-                                                   BLOCK_D)  # fmt: skip
+                                                   BLOCK_D, LENGTH_D)  # fmt: skip
     if EXACT:
         if tl.max(undecided.to(tl.int32), axis=0) > 0:
             best = _closer(source, local, codes, best, second, undecided & (several == 0), DIM,
@@ -244,6 +244,21 @@ def _level(source, codes, high, low, squares, scratch_ptr, local, rows, in_rows,
                 found = _of_all(source + row * DIM, codes, num_codes, DIM, LOOK_N, LOOK_D)
                 best = tl.where(local == row, found, best)
                 left = tl.where(local == row, BLOCK_B, left)
+    return best
+
+
+@triton.jit
+def _level(source, codes, high, low, squares, scratch_ptr, local, rows, in_rows, out_ptr,
+           distance_ptr, num_codes, leaves_over, LEVELS: tl.constexpr, DIM: tl.constexpr,
+           EXACT: tl.constexpr, WITH_DISTANCE: tl.constexpr, BLOCK_B: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LENGTH_D: tl.constexpr,
+           LOOK_N: tl.constexpr, LOOK_D: tl.constexpr):  # fmt: skip
+    """One level of one tile: codes to `out`; what is left over to `scratch`, if the next needs it.
+
+    `source` and `scratch` are those of the tile and may be one: a barrier parts reads and writes.
+    """
+    best = _nearest(source, codes, high, low, squares, local, in_rows, num_codes, DIM, EXACT,
+                    BLOCK_B, BLOCK_N, BLOCK_D, LENGTH_D, LOOK_N, LOOK_D)  # fmt: skip
     tl.store(out_ptr + rows * LEVELS, best.to(tl.int64), mask=in_rows)
     if WITH_DISTANCE or LEVELS > 1:
         tl.debug_barrier()
@@ -269,7 +284,8 @@ def nearest_kernel(x_ptr, codes_ptr, high_ptr, low_ptr, squares_ptr, scratch_ptr
                    distance_ptr, num_rows, num_codes, tiles, LEVELS: tl.constexpr,
                    DIM: tl.constexpr, EXACT: tl.constexpr, WITH_DISTANCE: tl.constexpr,
                    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   LOOK_N: tl.constexpr, LOOK_D: tl.constexpr):  # fmt: skip
+                   LENGTH_D: tl.constexpr, LOOK_N: tl.constexpr,
+                   LOOK_D: tl.constexpr):  # fmt: skip
     """Codes (B, LEVELS) of x (B, DIM) in codebooks (LEVELS, num_codes, DIM), all contiguous.
 
     A program stays and takes tile after tile. What a level leaves over goes to the program's own
@@ -286,12 +302,61 @@ def nearest_kernel(x_ptr, codes_ptr, high_ptr, low_ptr, squares_ptr, scratch_ptr
         if LEVELS == 1:
             _level(source, codes_ptr, high_ptr, low_ptr, squares_ptr, my_scratch, local, rows,
                    in_rows, out_ptr, distance_ptr, num_codes, WITH_DISTANCE, LEVELS, DIM, EXACT,
-                   WITH_DISTANCE, BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip
+                   WITH_DISTANCE, BLOCK_B, BLOCK_N, BLOCK_D, LENGTH_D, LOOK_N,
+                   LOOK_D)  # fmt: skip
         else:
             for level in range(LEVELS):
                 skip = level * num_codes * DIM
                 _level(source, codes_ptr + skip, high_ptr + skip, low_ptr + skip,
                        squares_ptr + level * num_codes, my_scratch, local, rows, in_rows,
                        out_ptr + level, distance_ptr, num_codes, level + 1 < LEVELS, LEVELS, DIM,
-                       EXACT, False, BLOCK_B, BLOCK_N, BLOCK_D, LOOK_N, LOOK_D)  # fmt: skip
+                       EXACT, False, BLOCK_B, BLOCK_N, BLOCK_D, LENGTH_D, LOOK_N,
+                       LOOK_D)  # fmt: skip
                 source = my_scratch
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_codes", "span"])
+def part_kernel(x_ptr, codes_ptr, high_ptr, low_ptr, squares_ptr, found_ptr, gaps_ptr, num_rows,
+                num_codes, span, DIM: tl.constexpr, EXACT: tl.constexpr, BLOCK_B: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LENGTH_D: tl.constexpr,
+                LOOK_N: tl.constexpr, LOOK_D: tl.constexpr):  # fmt: skip
+    """Of a tile of rows and `span` codes: the nearest code and its float64 distance, (B, parts)."""
+    local = tl.arange(0, BLOCK_B)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
+    rows = first_row + local
+    in_rows = rows < num_rows
+    source = x_ptr + first_row * DIM
+    first = tl.program_id(1) * span
+    codes = codes_ptr + first * DIM
+    best = _nearest(source, codes, high_ptr + first * DIM, low_ptr + first * DIM,
+                    squares_ptr + first, local, in_rows, tl.minimum(num_codes - first, span), DIM,
+                    EXACT, BLOCK_B, BLOCK_N, BLOCK_D, LENGTH_D, LOOK_N, LOOK_D)  # fmt: skip
+    total = tl.zeros((BLOCK_B,), tl.float64)
+    for start in range(0, DIM, LENGTH_D):
+        d = start + tl.arange(0, LENGTH_D)
+        mask = in_rows[:, None] & (d < DIM)[None, :]
+        x = tl.load(source + local[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        c = tl.load(codes + best[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        gap = x.to(tl.float64) - c.to(tl.float64)
+        total += tl.sum(gap * gap, axis=1)
+    place = rows * tl.num_programs(1) + tl.program_id(1)
+    tl.store(found_ptr + place, first + best, mask=in_rows)
+    tl.store(gaps_ptr + place, total, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "parts"])
+def merge_kernel(found_ptr, gaps_ptr, out_ptr, distance_ptr, num_rows, parts,
+                 PARTS: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """Codes (B,) and float32 distances (B,): the nearest of all parts, the lowest on ties."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    part = tl.arange(0, PARTS)[None, :]
+    mask = (rows < num_rows)[:, None] & (part < parts)
+    place = rows[:, None] * parts + part
+    code = tl.load(found_ptr + place, mask=mask, other=_NO_CODE)
+    gap = tl.load(gaps_ptr + place, mask=mask, other=float("inf"))
+    order = tl.where(gap == gap, gap, float("inf"))
+    least = tl.min(order, axis=1)
+    best = tl.min(tl.where(order == least[:, None], code, _NO_CODE), axis=1)
+    chosen = tl.sum(tl.where(code == best[:, None], gap, 0.0), axis=1)
+    tl.store(out_ptr + rows, best.to(tl.int64), mask=rows < num_rows)
+    tl.store(distance_ptr + rows, chosen.to(tl.float32), mask=rows < num_rows)

@@ -6,6 +6,7 @@ A program of its own, because the interpreter is chosen when triton is first imp
 import json
 import os
 import sys
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -17,6 +18,7 @@ from rectokens.ops.nearest_reference import nearest_direct, squared_distances
 
 torch.set_num_threads(1)
 SMALL = NearestSettings(rows=16, codes=16, dims=16, look_codes=16, look_dims=16, half=torch.float16)
+PARTS = replace(SMALL, parts=3, length_dims=64)
 
 
 def poisoned(tensor, shape, dtype=None, device=None):
@@ -42,16 +44,16 @@ def single(results):
                 if dtype == torch.float16 and offset:
                     continue
                 x, book = sample(rows, dim, codes, offset, dtype)
-                found, distances = launch_nearest(
-                    x, book.unsqueeze(0), with_distance=True, settings=SMALL
-                )
                 wanted = nearest_direct(x, book)
-                key = f"single/{rows}/{dim}/{codes}/{offset}/{dtype}"
                 right = squared_distances(x, book, wanted)
-                results[key] = bool(
-                    torch.equal(found[:, 0], wanted)
-                    and torch.allclose(distances, right, rtol=1e-5, atol=1e-6)
-                )
+                for form, chosen in (("single", SMALL), ("parts", PARTS)):
+                    found, distances = launch_nearest(
+                        x, book.unsqueeze(0), with_distance=True, settings=chosen
+                    )
+                    results[f"{form}/{rows}/{dim}/{codes}/{offset}/{dtype}"] = bool(
+                        torch.equal(found[:, 0], wanted)
+                        and torch.allclose(distances, right, rtol=1e-5, atol=1e-6)
+                    )
 
 
 def ties(results):
@@ -61,6 +63,8 @@ def ties(results):
     book = torch.randint(-1, 2, (40, 3), generator=g).float()
     found, _ = launch_nearest(x, book.unsqueeze(0), settings=SMALL)
     results["ties"] = torch.equal(found[:, 0], nearest_direct(x, book))
+    found, _ = launch_nearest(x, book.unsqueeze(0), settings=PARTS)
+    results["ties in parts"] = torch.equal(found[:, 0], nearest_direct(x, book))
 
 
 def extremes(results):
@@ -68,16 +72,18 @@ def extremes(results):
     for scale in (1e25, 1e-25):
         x, book = sample(20, 12, 9, 0.0)
         x, book = x * scale, book * scale
-        found, _ = launch_nearest(x, book.unsqueeze(0), settings=SMALL)
-        results[f"scale {scale}"] = torch.equal(found[:, 0], nearest_direct(x, book))
+        for form, chosen in (("scale", SMALL), ("parts at scale", PARTS)):
+            found, _ = launch_nearest(x, book.unsqueeze(0), settings=chosen)
+            results[f"{form} {scale}"] = torch.equal(found[:, 0], nearest_direct(x, book))
     x, book = sample(20, 12, 9, 0.0)
     x[3, 2], x[5, 0] = float("nan"), float("inf")
-    found, _ = launch_nearest(x, book.unsqueeze(0), settings=SMALL)
     wanted = nearest_direct(x, book)
     keep = torch.ones(20, dtype=torch.bool)
     keep[[3, 5]] = False
-    in_range = bool((found >= 0).all() and (found < 9).all())
-    results["not finite"] = in_range and torch.equal(found[keep, 0], wanted[keep])
+    for form, chosen in (("not finite", SMALL), ("parts, not finite", PARTS)):
+        found, _ = launch_nearest(x, book.unsqueeze(0), settings=chosen)
+        in_range = bool((found >= 0).all() and (found < 9).all())
+        results[form] = in_range and torch.equal(found[keep, 0], wanted[keep])
 
 
 def residual(results):

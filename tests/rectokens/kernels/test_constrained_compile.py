@@ -21,6 +21,8 @@ from rectokens.kernels.nearest_launch import settings_for
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY_LIMIT = 227 * 1024
+FLOAT64 = ("gaps_ptr",)
+INT32 = ("found_ptr",)
 FLOAT32 = ("logits_ptr", "stats_ptr", "temperature_ptr", "out_logits_ptr", "out_log_probas_ptr",
            "squares_ptr", "scratch_ptr", "distance_ptr")  # fmt: skip
 HALVES = ("high_ptr", "low_ptr")
@@ -43,6 +45,8 @@ def code_of(kernel, tmp_path, dtype, constants, may_spill=0, **options):
             return "*fp32"
         if name in HALVES:
             return "*bf16"
+        if name in FLOAT64 or name in INT32:
+            return "*fp64" if name in FLOAT64 else "*i32"
         if name in DATA or (name == "out_ptr" and kernel is constrained.spread_kernel):
             return f"*{dtype}"
         return "*i64" if name.endswith("_ptr") else "i64" if name in INT64 else "i32"
@@ -127,8 +131,19 @@ def test_spread(tmp_path, dtype):
     assert "BAR.SYNC" in code
 
 
-@pytest.mark.parametrize("draw", [False, True])
-@pytest.mark.parametrize(("k", "block", "warps"), [(1, 2048, 8), (64, 2048, 8), (512, 512, 2)])
+@pytest.mark.parametrize(
+    ("draw", "k", "block", "warps"),
+    [
+        (False, 1, 2048, 8),
+        (True, 1, 2048, 8),
+        (False, 64, 2048, 8),
+        (False, 64, 2048, 4),
+        (False, 64, 2048, 2),
+        (True, 64, 2048, 8),
+        (False, 512, 512, 2),
+        (True, 512, 512, 2),
+    ],
+)
 def test_select(tmp_path, draw, k, block, warps):
     constants = {"DRAW": draw, "K": k, "BLOCK": block}
     code_of(selection.select_kernel, tmp_path, "fp32", constants, num_warps=warps)
@@ -145,18 +160,33 @@ def test_long_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("levels", "rows", "exact"),
-    [(1, 1_000, True), (4, 5_000, True), (1, 65_536, True), (4, 65_536, True), (1, 65_536, False)],
+    [(1, 3_000, True), (4, 5_000, True), (1, 65_536, True), (4, 65_536, True), (1, 65_536, False)],
 )
 def test_nearest(tmp_path, levels, rows, exact):
-    chosen = settings_for(rows, levels, 132)
+    chosen = settings_for(rows, levels, 132, 512)
+    assert chosen.parts == 1
     constants = {"LEVELS": levels, "DIM": 256, "EXACT": exact, "WITH_DISTANCE": False,
                  "BLOCK_B": chosen.rows, "BLOCK_N": chosen.codes, "BLOCK_D": chosen.dims,
-                 "LOOK_N": chosen.look_codes, "LOOK_D": chosen.look_dims}  # fmt: skip
+                 "LENGTH_D": chosen.length_dims, "LOOK_N": chosen.look_codes,
+                 "LOOK_D": chosen.look_dims}  # fmt: skip
     # The widest tiles spill a few registers between products; smaller ones without were slower.
     code = code_of(nearest.nearest_kernel, tmp_path, "fp32", constants,
                    24 if levels == 1 else 0, num_warps=chosen.warps,
                    num_stages=chosen.stages)  # fmt: skip
     assert ("HGMMA" if chosen.rows >= 64 else "HMMA") in code
+
+
+@pytest.mark.parametrize(("rows", "span"), [(32, 64), (1_000, 128)])
+def test_nearest_in_parts(tmp_path, rows, span):
+    chosen = settings_for(rows, 1, 132, 512)
+    assert triton.cdiv(512, chosen.parts) == span
+    constants = {"DIM": 256, "EXACT": True, "BLOCK_B": chosen.rows, "BLOCK_N": span,
+                 "BLOCK_D": chosen.dims, "LENGTH_D": chosen.length_dims,
+                 "LOOK_N": chosen.look_codes, "LOOK_D": chosen.look_dims}  # fmt: skip
+    code = code_of(nearest.part_kernel, tmp_path, "fp32", constants, num_warps=chosen.warps,
+                   num_stages=chosen.stages)  # fmt: skip
+    assert "HMMA" in code
+    code_of(nearest.merge_kernel, tmp_path, "fp32", {"PARTS": 8, "BLOCK_B": 32}, num_warps=1)
 
 
 def test_split(tmp_path):

@@ -25,7 +25,15 @@ def results():
 
 @pytest.mark.parametrize(
     ("prefix", "count"),
-    [("single", 18), ("ties", 1), ("scale", 2), ("not finite", 1), ("residual", 3), ("tf32", 1)],
+    [
+        ("single", 18),
+        ("parts", 21),
+        ("ties", 2),
+        ("scale", 2),
+        ("not finite", 1),
+        ("residual", 3),
+        ("tf32", 1),
+    ],
 )
 def test_equal_to_the_definition(results, prefix, count):
     found = {name: right for name, right in results.items() if name.startswith(prefix)}
