@@ -109,6 +109,8 @@ def bounded_protocol(
             self._write_timer: asyncio.TimerHandle | None = None
             self._head_bytes = 0
             self._refused = False
+            # Requests whose answer is under way or waited for, before the latest.
+            self._earlier: list[Any] = []
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -124,6 +126,7 @@ def bounded_protocol(
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            self._abandon()
             # uvicorn leaves its own timer running after a reset, and with it the connection.
             self._unset_keepalive_if_required()
             limits.idle.pop(self, None)
@@ -135,7 +138,7 @@ def bounded_protocol(
             if self._refused or self.transport.is_closing():
                 return
             super().data_received(data)
-            if self._in_request():
+            if self._refused or self._in_request():
                 return
             if self._head_timer is None:
                 self._head_timer = self.loop.call_later(limits.head_timeout_s, self._head_is_late)
@@ -147,8 +150,15 @@ def bounded_protocol(
                         f"the request line and headers have over {MAX_HEAD_BYTES} bytes",
                     )
 
+        def on_headers_complete(self) -> None:
+            """Called by httptools only, which reads on while a request is under way."""
+            if not _is_over(self.cycle):
+                self._earlier.append(self.cycle)
+            super().on_headers_complete()
+
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            self._earlier = [cycle for cycle in self._earlier if not _is_over(cycle)]
             self._head_bytes = 0
             if self.transport.is_closing():
                 self.close_in_time()
@@ -182,7 +192,7 @@ def bounded_protocol(
 
         def _in_request(self) -> bool:
             """Whether a request is underway; then it is not idle, and no head is waited for."""
-            if self.cycle is None or self.cycle.response_complete:
+            if _is_over(self.cycle):
                 return False
             limits.idle.pop(self, None)
             self._stop_head_timer()
@@ -208,8 +218,18 @@ def bounded_protocol(
             self._stop_head_timer()
             limits.idle.pop(self, None)
             limits.metrics.rejected(kind)
-            self.transport.write(_raw_response(kind, message))
+            if not self._abandon():
+                self.transport.write(_raw_response(kind, message))
             self.close_in_time()
+
+        def _abandon(self) -> bool:
+            """Leave requests without their answers; whether one has begun to go out."""
+            open_cycles = [one for one in [*self._earlier, self.cycle] if not _is_over(one)]
+            for cycle in open_cycles:
+                # Nothing may be written for it any more.
+                cycle.disconnected = True
+                cycle.message_event.set()
+            return any(cycle.response_started for cycle in open_cycles)
 
         def _head_is_late(self) -> None:
             self._head_timer = None
@@ -242,6 +262,11 @@ def bounded_protocol(
                 self._write_timer = None
 
     return BoundedProtocol
+
+
+def _is_over(cycle: Any) -> bool:
+    """Whether a request (uvicorn's cycle of it) is answered, or there is none."""
+    return cycle is None or cycle.response_complete
 
 
 def _raw_response(kind: ErrorKind, message: str) -> bytes:

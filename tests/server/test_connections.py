@@ -96,6 +96,8 @@ def serve(base, max_connections: int = 100, **settings: float) -> Iterator[Serve
     config = uvicorn.Config(
         app,
         http=bounded_protocol(limits, base),
+        # The other one where it is installed, as the service would.
+        loop="asyncio" if base is H11Protocol else "auto",
         h11_max_incomplete_event_size=PARSER_HEAD_BYTES,
         log_config=None,
         lifespan="off",
@@ -109,7 +111,11 @@ def serve(base, max_connections: int = 100, **settings: float) -> Iterator[Serve
 
     server = GracefulServer(config, drained)
     app.release = threading.Event()
-    run = lambda: asyncio.run(server._serve([listener]))  # noqa: E731 (no signals in a thread)
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(server._serve([listener]))  # no signals in a thread
+
     thread = threading.Thread(target=run)
     thread.start()
     try:
@@ -223,6 +229,43 @@ def test_what_parsers_read_differently_is_answered_and_kept_from_harm(base, odd)
         assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 400 "))
         assert "/smuggled" not in app.paths
         assert is_answered(server.open(GET))
+
+
+@pytest.mark.parametrize("base", IMPLEMENTATIONS)
+@pytest.mark.parametrize("path", [b"held", b"large"])
+@pytest.mark.parametrize("between", [b"", GET, 3 * GET])
+def test_garbage_behind_requests_ends_them_without_a_failure_of_the_app(
+    base, path, between, caplog
+):
+    with serve(base) as server:
+        requests = GET.replace(b"small", path) + between
+        connection = server.open(requests + b"\x00 garbage\r\n\r\n")
+        time.sleep(0.1)
+        app.release.set()
+        answer = b""
+        with suppress(ConnectionError):
+            answer = read_all(connection)
+        assert answer.count(b"HTTP/1.1 400 ") <= 1
+        if path == b"large" and answer.startswith(b"HTTP/1.1 200 "):
+            # The error is an answer of its own, not part of the other.
+            assert b"HTTP/1.1 400 " not in answer[:LARGE_BYTES]
+        bad = {"reason": "bad_request"}
+        server.wait_for(lambda: server.value("rectokens_rejected_total", **bad) == 1)
+        server.wait_for(lambda: server.value("rectokens_connections") == 0)
+    assert "Exception in ASGI" not in caplog.text
+
+
+@pytest.mark.parametrize("base", IMPLEMENTATIONS)
+def test_who_leaves_with_several_requests_open_is_no_failure_of_the_app(base, caplog):
+    with serve(base) as server:
+        connection = server.open(GET.replace(b"small", b"held") + GET)
+        server.wait_for(lambda: server.value("rectokens_connections") == 1)
+        connection.close()
+        time.sleep(0.1)
+        app.release.set()
+        server.wait_for(lambda: server.value("rectokens_connections") == 0)
+        assert is_answered(server.open(GET))
+    assert "Exception in ASGI" not in caplog.text
 
 
 @pytest.mark.parametrize("base", IMPLEMENTATIONS)
