@@ -13,7 +13,7 @@ import structlog
 
 from server.jobs.lanes import Lane
 from server.jobs.ledger import JobLedger
-from server.jobs.owner import Owner, process_is_gone
+from server.jobs.owner import Owner, process_is_gone, started_s
 from server.jobs.places import open_ledger
 from server.jobs.process import ReadyProcess
 from server.jobs.supervise import Supervisor, clean_up
@@ -169,9 +169,7 @@ def _end_orphan(pid: int, owner: Owner) -> None:
     try:
         process = psutil.Process(pid)
         # Another process may have the id by now.
-        if process.create_time() >= owner.started - 1.0 and "multiprocessing" in " ".join(
-            process.cmdline()
-        ):
+        if started_s(pid) >= owner.started and "multiprocessing" in " ".join(process.cmdline()):
             process.kill()
             until = time.monotonic() + _END_S
             while not process_is_gone(process.pid) and time.monotonic() < until:

@@ -23,7 +23,7 @@ from server.jobs.worker_process import WorkerProcess
 REINDEX = {"source": {"root": "lake", "path": "items.parquet"}, "constraint_sets": "drop"}
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
