@@ -6,11 +6,13 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+from typer.testing import CliRunner
 
 from deploy.ray.asgi import HttpRequest, HttpResponse, ResponseStart
 from deploy.ray.config import ServeConfig
@@ -19,6 +21,7 @@ from deploy.ray.replica import VariantServer
 from deploy.ray.router import create_router_app
 from deploy.ray.routing import choose_variant
 from server.app import create_app
+from server.cli import app as server_cli
 from server.settings import load_settings
 
 WEIGHTS = {"a": 3.0, "b": 1.0, "dark": 0.0}
@@ -284,11 +287,10 @@ class Replicas:
 async def replicas(dummy: Any) -> AsyncIterator[Callable[[str, int], Any]]:
     started: list[VariantServer] = []
 
-    async def start(variant: str, count: int) -> Replicas:
+    async def start(variant: str, count: int, **flags: Any) -> Replicas:
+        settings = load_settings({key.replace("__", "."): value for key, value in flags.items()})
         servers = [
-            VariantServer(
-                variant, f"{variant}{n}", create_app(load_settings({}), dummy.make_release)
-            )
+            VariantServer(variant, f"{variant}{n}", create_app(settings, dummy.make_release))
             for n in range(count)
         ]
         for one in servers:
@@ -343,3 +345,17 @@ async def test_metrics_of_all_on_one_page(replicas: Any) -> None:
         passed_on = {"route": "/v1/{rest:path}", "status": "200"}
         assert await metric(client, "rectokens_router_requests_total", **passed_on) == 3
         assert 'rectokens_queue_beam_rows{replica="b0",variant="b"} 0.0' in page
+
+
+async def test_keys_are_asked_for_by_the_replicas(replicas: Any, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    made = CliRunner().invoke(server_cli, ["new-key", "somebody", "--file", str(file)])
+    assert made.exit_code == 0, made.output
+    async with router(await replicas("a", 1, access__keys_file=str(file))) as client:
+        refused = await client.post("/v1/recommend", json=BODY)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        key = {"Authorization": f"Bearer {made.stdout.strip()}"}
+        assert (await client.post("/v1/recommend", json=BODY, headers=key)).status_code == 200
+        assert (await client.get("/ready")).status_code == 200
+        assert "rectokens_queue_beam_rows" in (await client.get("/metrics")).text
