@@ -20,13 +20,13 @@ OVERLAYS = ("shared-volume", "object-store", "cpu")
 AFTER_DRAIN_S = 3 + 5
 
 
-def render(overlay: str) -> list[dict[str, Any]]:
+def render(overlay: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     tool = shutil.which("kustomize")
     command = [tool, "build"] if tool else [shutil.which("kubectl"), "kustomize"]
     if command[0] is None:
         pytest.skip("neither kustomize nor kubectl is installed")
     done = subprocess.run(
-        [*command, str(FOLDER / "overlays" / overlay)], capture_output=True, text=True, timeout=60
+        [*command, str(folder / "overlays" / overlay)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return [one for one in yaml.safe_load_all(done.stdout) if one]
@@ -291,3 +291,36 @@ def test_volumes_of_claims_exist(overlay: str) -> None:
         if "persistentVolumeClaim" in volume
     }
     assert used == claims
+
+
+def test_api_keys_are_mounted_where_the_setting_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overlay of somebody's own, with the component."""
+    validator = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed (the dev extra has it)"
+    )
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    own = tmp_path / "kubernetes" / "overlays" / "own"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        "namespace: rectokens\nresources: [../shared-volume]\n"
+        "components: [../../components/api-keys]\n"
+    )
+    objects = render("own", tmp_path / "kubernetes")
+    checked = 0
+    for name, template, container in pods(objects):
+        with monkeypatch.context() as patch:
+            settings = settings_of(objects, container, patch)
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert ("api-keys" in mounts) == ("worker" not in name), name
+        if "worker" in name:
+            continue
+        assert str(settings.access.keys_file) == mounts["api-keys"]["mountPath"] + "/keys"
+        assert mounts["api-keys"]["readOnly"] is True
+        assert mounts.keys() == {volume["name"] for volume in template["spec"]["volumes"]}
+        checked += 1
+    assert checked == 2
+    for one in of_kind(objects, "Deployment").values():
+        validator.validate(one, "1.30", strict=True)
