@@ -72,7 +72,9 @@ def _behaviour(
     totals.index_add_(0, counts.indices()[0], counts.values())
     smooth = totals**0.75
     row, column = counts.indices()
-    expected = totals[row] * smooth[column] / smooth.sum()
+    # Over the sum's power, not the powers' sum: that lowers all information by a constant, as
+    # negative samples would, and what chance may have brought together falls to 0.
+    expected = totals[row] * smooth[column] / totals.sum() ** 0.75
     information = (counts.values() / expected).log().clamp(min=0.0).float()
     matrix = torch.sparse_coo_tensor(
         counts.indices(), information, counts.shape, check_invariants=True

@@ -21,15 +21,19 @@ NDCG_AT = (5, 10, 20)
 LARGEST_K = 20
 
 
-def figures(ranks: Sequence[int | None]) -> dict[str, float]:
+def figures(ranks: Sequence[int | None], largest: int = LARGEST_K) -> dict[str, float]:
     """``recall@1`` to ``recall@20`` and ``ndcg@5`` to ``ndcg@20``; rank None is not found.
+
+    Args:
+        ranks: from 1.
+        largest: no k above this one.
 
     Raises:
         ValueError: no ranks.
     """
-    at = {k: figures_of_ranks(ranks, k) for k in RECALL_AT}
-    recalls = {f"recall@{k}": at[k].recall for k in RECALL_AT}
-    return {**recalls, **{f"ndcg@{k}": at[k].ndcg for k in NDCG_AT}}
+    at = {k: figures_of_ranks(ranks, k) for k in RECALL_AT if k <= largest}
+    recalls = {f"recall@{k}": found.recall for k, found in at.items()}
+    return {**recalls, **{f"ndcg@{k}": at[k].ndcg for k in NDCG_AT if k <= largest}}
 
 
 class Searches:

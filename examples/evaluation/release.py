@@ -112,9 +112,9 @@ def server_ranks(
     }
 
 
-def figures_by_mode(ranks: Ranks) -> dict[str, dict[str, float]]:
-    """Recall and NDCG of each way to rank."""
-    return {title: figures(found) for title, found in ranks.items()}
+def figures_by_mode(ranks: Ranks, largest: int = LARGEST_K) -> dict[str, dict[str, float]]:
+    """Recall and NDCG of each way to rank, no k above ``largest``."""
+    return {title: figures(found, largest) for title, found in ranks.items()}
 
 
 def differing(one: Ranks, other: Ranks) -> int:

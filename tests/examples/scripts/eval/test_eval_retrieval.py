@@ -46,8 +46,9 @@ def test_library_and_server_agree_exactly(world, tmp_path):
     root, release = world
     output = tmp_path / "figures.json"
     with serving(release) as base_url:
-        found = main(release=str(release), base_url=base_url, root=str(root), output=str(output))
-        alone = main(base_url=base_url, root=str(root), num_examples=7)
+        asked = {"base_url": base_url, "root": str(root)}
+        found = main(release=str(release), **asked, num_examples=None, output=str(output))
+        alone = main(**asked, num_examples=7)
     assert found["users"] == 28
     assert found["different_ranks"] == 0
     assert found["library"] == found["server"]
@@ -71,8 +72,8 @@ def test_figures_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give release, base_url or both"),
-        ({"release": "x", "beam_size": 10}, "beam_size is 10; it must be at least 20"),
+        ({}, "give model_dir, item_tok_path, precomputed_test_path to ask a model, or release"),
+        ({"release": "x", "beam_size": 10}, "beam_size is 10; of a release it must be at least 20"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options, message):

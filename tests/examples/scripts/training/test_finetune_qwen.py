@@ -7,14 +7,13 @@ import csv
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from examples.data.amazon import AmazonReviews, ItemData, PrecomputedSequenceDataset
 from examples.evaluation.ranks import held_out_searches
 from examples.finetune.model import LoraSettings, load_model, load_text_tokenizer, with_adapters
 from examples.finetune.samples import TrainingSamples, collator
 from examples.finetune.trainer import FinetuneTrainer
-from examples.scripts.preprocessing import precompute_sequences
 from examples.scripts.training.finetune_qwen import train
 from examples.trainer.checkpoints import CheckpointError
 from examples.utils import load_config
@@ -25,41 +24,9 @@ from server.release import load_release
 from server.settings import Settings
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, data_folder_writer, chat_tokenizer):
-    """Data, an item tokenizer, a model and samples of both."""
-    root = tmp_path_factory.mktemp("finetune")
-    data_folder_writer(root / "amazon-beauty")
-    fit_rq_kmeans([ItemData(root).x], RQKMeansSettings(2, 8)).save(root / "tok.pt")
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(chat_tokenizer) + 5,  # rows of padding, as real checkpoints have
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-        )
-    )
-    model.save_pretrained(root / "model")
-    chat_tokenizer.save_pretrained(root / "model")
-    precompute_sequences.main(
-        root=str(root),
-        item_tok_path=str(root / "tok.pt"),
-        item_tok_type="rqkmeans",
-        num_levels=2,
-        codebook_size=8,
-        model_name=str(root / "model"),
-        output_dir=str(root / "pre"),
-        templates=("sid_sequence_to_sid",),
-        include_item_samples=False,
-        max_seq_len=6,
-    )
-    return root
+@pytest.fixture
+def world(finetune_world):
+    return finetune_world
 
 
 @pytest.fixture
