@@ -19,7 +19,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constr
 # More threads than free cores make torch many times slower; the tests need only one.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help serve demo test test-ray check audit format chaos soak load bench docs clean
+.PHONY: help serve demo test test-ray check audit format chaos soak load bench docs image lock \
+	test-deploy clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -35,6 +36,10 @@ $(VENV)/.installed-server: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[server,triton,dev]'
 	@touch $@ $(VENV)/.installed-server
+
+$(VENV)/.installed-deploy: $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable '.[deploy]'
+	@touch $@
 
 serve: $(VENV)/.installed-server ## build the demo once and serve it on 127.0.0.1:8000
 	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --serve
@@ -84,6 +89,15 @@ bench: $(VENV)/.installed-server ## the engine against Hugging Face generate, on
 
 docs: $(VENV)/.installed-server ## rewrite the pages that are generated from the program
 	$(BIN)/python -m server settings-doc > docs/settings.md
+
+image: $(BIN)/python ## build the CPU image, or with TARGET=cuda the other one
+	$(BIN)/python deploy/build_image.py $(or $(TARGET),cpu)
+
+test-deploy: $(VENV)/.installed-deploy ## build the CPU image and start the compose file, without Docker
+	PYTHON=$(BIN)/python $(TEST_ENV) sh deploy/test.sh
+
+lock: ## pin what the images install; needs uv
+	sh deploy/lock.sh
 
 clean: ## remove what the targets above made, the environment too
 	rm -rf $(VENV) $(DEMO) load-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
