@@ -41,7 +41,12 @@ def download_folder(folder: Path, split: str, *, base_url: str, text_model: str)
         base = base_url.rstrip("/")
         reviews, products = f"reviews_{_NAMES[split]}_5.json.gz", f"meta_{_NAMES[split]}.json.gz"
         _log.info("fetching %s from %s", split, base)
-        paths = [fetch(f"{base}/{name}", raw / name) for name in (reviews, products)]
+        try:
+            paths = [fetch(f"{base}/{name}", raw / name) for name in (reviews, products)]
+        except DataFolderError as error:
+            raise DataFolderError(
+                f"{error}. Without a network put {', '.join(FILES)} into {folder}"
+            ) from error
         try:
             asins, histories = read_reviews(paths[0])
             known = read_products(paths[1], asins)

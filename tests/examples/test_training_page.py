@@ -11,6 +11,10 @@ from pathlib import Path
 
 import gin
 import pytest
+from typer.testing import CliRunner
+
+from rectokens.catalog.artifact import load_catalog
+from rectokens.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "training.md"
@@ -35,6 +39,8 @@ def page_commands():
             config = Path(words[-1]).name
             if config in SMALL or words[2].endswith(WITHOUT_CONFIG):
                 yield words[2], words[3:]
+        elif words[:3] == ["python", "-m", "rectokens"]:
+            yield "rectokens", words[3:]
 
 
 @pytest.fixture
@@ -79,7 +85,12 @@ def test_every_command_does_what_the_page_says(checkout, monkeypatch, capsys):
     }
     assert {*SMALL, *WITHOUT_CONFIG} <= tried
     for module, arguments in commands:
-        run_as_program(module, arguments, monkeypatch)
+        if module == "rectokens":
+            versions = [version_below(argument) for argument in arguments]
+            result = CliRunner().invoke(app, versions)
+            assert result.exit_code == 0, result.output
+        else:
+            run_as_program(module, arguments, monkeypatch)
     printed = capsys.readouterr().out
     assert "skip Markov" in printed
     assert "beauty/beauty_test.pt" in printed
@@ -92,3 +103,16 @@ def test_every_command_does_what_the_page_says(checkout, monkeypatch, capsys):
         "evaluation/baselines_beauty.json",
     ):
         assert (out / name).is_file(), name
+    (catalog,) = (out / "catalogs").iterdir()
+    loaded = load_catalog(catalog)
+    assert loaded.num_items == 40
+    assert loaded.metadata.columns == ["title", "brand", "category"]
+    assert loaded.prior is not None
+
+
+def version_below(argument):
+    """The argument with the one version that its folder has in place of VERSION."""
+    if not argument.endswith("/VERSION"):
+        return argument
+    (version,) = Path(argument).parent.iterdir()
+    return str(version)

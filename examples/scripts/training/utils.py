@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+import polars as pl
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -19,8 +21,10 @@ from examples.data.items import ItemSplit
 from rectokens.artifacts.tokenizer import save_tokenizer
 from rectokens.cli.inspect import render
 from rectokens.cli.summary import summarize
+from rectokens.core.atomic_file import atomic_file
 from rectokens.tokenizers.quality import quality_report
 from rectokens.tokenizers.residual import ResidualTokenizer
+from server.demo.data import item_counts
 
 StepFn = Callable[[SeqBatch], tuple[Tensor, Tensor, Tensor]]
 """A batch to its reconstruction and commitment loss, 0-d, and its codes (B, L)."""
@@ -213,6 +217,9 @@ def finish(
 ) -> Path:
     """Write ``final.pt`` and an artifact in ``tokenizers``, measured on all items; print it.
 
+    Also written is what ``python -m rectokens build-catalog`` needs besides: ``item_vectors.npy``,
+    and ``items.parquet`` with ids, metadata, and how often training parts have an item.
+
     Args:
         tokenizer: fitted.
         items: all items of the data, of the features that the tokenizer was fitted on.
@@ -232,5 +239,24 @@ def finish(
         report=quality_report(tokenizer, [items.x]),
         fitted_on={"data": items.reviews.folder.name, "settings": decisive},
     )
+    write_items(items, output_dir)
     render(summarize(path, verify=False), Console())
     return path
+
+
+def write_items(items: ItemData, folder: Path) -> None:
+    """Write ``item_vectors.npy``, float32 (N, D), and ``items.parquet``, row for row.
+
+    Args:
+        items: all items of the data.
+        folder: where to.
+    """
+    reviews = items.reviews
+    counts = item_counts(reviews.leave_one_out.train, reviews.num_items)
+    table = reviews.data.metadata.with_columns(
+        pl.Series("item_id", reviews.item_ids), pl.Series("popularity", counts)
+    )
+    with atomic_file(folder / "item_vectors.npy") as partial:
+        np.save(partial, items.x.numpy())
+    with atomic_file(folder / "items.parquet") as partial:
+        table.write_parquet(partial)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 import examples.data.download as module
 from examples.data.amazon import AmazonReviews, DataFolderError
+from examples.data.fetch import fetch
 from examples.data.layout import FILES, Item, find_folder, write_folder
 from examples.data.raw_reviews import read_products, read_reviews
 
@@ -127,6 +129,13 @@ def test_a_run_that_ended_before_the_folder_was_whole_is_made_up_for(
     assert find_folder(tmp_path, "beauty") is None
     monkeypatch.setattr(module, "embed_texts", encoder)
     assert AmazonReviews(tmp_path, "beauty").num_items == 3
+
+
+def test_without_a_network_the_message_says_what_else_would_do(tmp_path, monkeypatch):
+    url = "http://127.0.0.1:9"
+    monkeypatch.setattr(module, "fetch", partial(fetch, attempts=1))
+    with pytest.raises(DataFolderError, match=r"cannot fetch .* put sequences.txt.gz, .* into .*"):
+        AmazonReviews(tmp_path, "toys", base_url=url)
 
 
 def test_a_damaged_download_is_named_and_fetched_anew(tmp_path, published):
