@@ -8,7 +8,7 @@ new=$(mktemp)
 trap 'rm -f "$new"' EXIT
 cp "$lock" "$new"
 uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-  --no-emit-find-links --extra server --extra redis --extra postgres --constraint constraints-cpu.txt \
+  --no-emit-find-links --extra server --extra otel --extra redis --extra postgres --constraint constraints-cpu.txt \
   --output-file "$new" "$@" pyproject.toml
 {
   echo "# Every package of the images but torch, whose build differs between them, and what it brings for"

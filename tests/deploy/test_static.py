@@ -129,7 +129,7 @@ def test_the_lock_has_every_dependency_in_a_version_that_is_allowed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [Requirement(one) for one in project["dependencies"]]
-    for extra in ("server", "catalog", "hf", "redis", "postgres"):
+    for extra in ("server", "catalog", "hf", "otel", "redis", "postgres"):
         wanted += [Requirement(one) for one in extras[extra]]
     pinned: dict[str, str] = {}
     for line in (DEPLOY / "requirements.lock").read_text().splitlines():
