@@ -46,7 +46,7 @@ ENV_NESTED_DELIMITER = "__"
 # Read by the tests and the demo, not by the service; never a mistake in its environment.
 FOREIGN_VARIABLES = frozenset({"RECTOKENS_DATA_DIR", "RECTOKENS_TRACEBACK"})
 
-_SECRETS = "admin.keys"
+_SECRETS = ("admin.keys", "proxy.upstream_key")
 
 
 class SettingsError(ValueError):
@@ -161,6 +161,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{env_name('access.keys_file')} and {env_name('admin.keys_file')} are both "
                 f"{access.keys_file}; callers would be operators"
+            )
+        if self.proxy.upstream_key is not None and self.proxy.forward_authorization:
+            raise ValueError(
+                f"{env_name('proxy.upstream_key')} and {env_name('proxy.forward_authorization')} "
+                "are both given; the upstream gets one key"
             )
         return self
 

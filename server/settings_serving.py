@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
 from server.settings_base import SettingsGroup, split_commas
@@ -266,6 +266,12 @@ class ProxySettings(SettingsGroup):
     forward_authorization: bool = Field(
         default=False, description="Pass on the client's Authorization header."
     )
+    upstream_key: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Sent to the upstream as Authorization: Bearer KEY, whoever asks. Better a "
+        "variable than a flag, which other users of the machine see.",
+    )
     connect_timeout_s: float = Field(
         default=5.0, gt=0, description="Time to connect to the upstream, in seconds."
     )
@@ -308,4 +314,12 @@ class ProxySettings(SettingsGroup):
     def _known_bits(cls, value: int) -> int:
         if value not in (1, 2, 4, 8):
             raise ValueError("allowed are 1, 2, 4 and 8")
+        return value
+
+    @field_validator("upstream_key")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        key = "x" if value is None else value.get_secret_value()
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError("allowed is printable ASCII, without blanks")
         return value

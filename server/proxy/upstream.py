@@ -52,13 +52,17 @@ class Upstream:
     def __init__(self, settings: ProxySettings, on_answer: Callable[[float], None]) -> None:
         self._max_bytes = settings.max_response_bytes
         self._on_answer = on_answer
+        headers = {"Accept-Encoding": "identity", "User-Agent": "rectokens-proxy"}
+        self._has_key = settings.upstream_key is not None
+        if settings.upstream_key is not None:
+            headers["Authorization"] = f"Bearer {settings.upstream_key.get_secret_value()}"
         self._client = httpx.AsyncClient(
             base_url=_base_url(settings.upstream),
             timeout=httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s),
             # Requests in flight are bounded before they get here; none waits for a connection.
             # The pool looks at every connection for every idle one: few may stay idle.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
-            headers={"Accept-Encoding": "identity", "User-Agent": "rectokens-proxy"},
+            headers=headers,
             follow_redirects=False,
             # No proxies and no .netrc from the environment: they would see the prompts.
             trust_env=False,
@@ -69,12 +73,14 @@ class Upstream:
         await self._client.aclose()
 
     async def is_ready(self) -> bool:
-        """Whether the upstream answers; a key that it asks for is the clients' affair."""
+        """Whether the upstream answers; a key that it asks for is the clients' affair, if we have
+        none.
+        """
         try:
             response = await self._client.get("/v1/models", timeout=_READY_TIMEOUT_S)
         except httpx.HTTPError:
             return False
-        return response.status_code in (200, 401, 403)
+        return response.status_code in ((200,) if self._has_key else (200, 401, 403))
 
     async def get(self, path: str, headers: Mapping[str, str]) -> Answer:
         """A GET; see ``post``."""

@@ -53,6 +53,9 @@ def test_every_setting_is_an_environment_variable(monkeypatch, field):
         monkeypatch.setenv("RECTOKENS_ACCESS__KEYS_FILE", "keys")
     monkeypatch.setenv(field.env, value)
     found = value_of(load_settings(), field.path)
+    if field.path == "proxy.upstream_key":
+        assert value not in repr(found)
+        found = found.get_secret_value()
     if field.path == "admin.keys":
         assert "k" not in repr(found).replace("SecretStr", "")
         found = tuple(key.get_secret_value() for key in found)
@@ -166,3 +169,13 @@ def test_a_bad_admin_key_is_refused_and_not_shown(keys):
         load_settings({"admin.keys": keys})
     assert keys not in str(error.value)
     assert "short" not in str(error.value)
+
+
+def test_a_key_is_never_repeated(monkeypatch):
+    with pytest.raises(SettingsError, match=r"UPSTREAM_KEY.* is not accepted") as error:
+        load_settings({"proxy.upstream_key": "a secret"})
+    assert "secret" not in str(error.value)
+    both = {"proxy.upstream_key": "secret", "proxy.forward_authorization": True}
+    with pytest.raises(SettingsError, match="the upstream gets one key") as error:
+        load_settings(both)
+    assert "secret" not in str(error.value)

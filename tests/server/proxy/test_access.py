@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from server.access.keys import ApiKey, digest_of, new_key
@@ -47,3 +49,24 @@ async def test_every_prompt_counts(start_proxy, tmp_path, key):
     assert 60 <= int(answer.headers["Retry-After"]) <= 180
     assert await proxy.metric('rectokens_proxy_caller_requests_total{caller="shop"}') == 8
     assert await proxy.metric('rectokens_proxy_caller_refused_total{caller="shop"}') == 1
+
+
+async def test_the_upstream_gets_the_proxy_s_own_key(start_proxy, upstream, tmp_path, key, caplog):
+    proxy = await start_proxy(
+        access__keys_file=str(tmp_path / "keys"), access__burst_s="360", upstream_key="UPSTREAMKEY"
+    )
+    with caplog.at_level(logging.DEBUG):
+        await proxy.client.post("/v1/completions", json={"prompt": "the"}, headers=bearer(key))
+        await proxy.client.get("/v1/models", headers=bearer(key))
+        assert (await proxy.client.get("/ready")).status_code == 200
+    sent = [call.headers["authorization"] for call in upstream.calls]
+    assert sent == ["Bearer UPSTREAMKEY"] * 3
+    own = [record.getMessage() for record in caplog.records if record.name.startswith("server")]
+    assert "UPSTREAMKEY" not in "".join(own)
+
+    async def refuse(call):
+        await call.answer(401, {"error": {"message": "no"}})
+
+    upstream.behave = refuse
+    # With a key that is refused no request can be answered.
+    assert (await proxy.client.get("/ready")).status_code == 503
