@@ -40,6 +40,7 @@ class ConnectionLimits:
 
     def __init__(self, settings: HttpSettings, metrics: HttpMetrics, max_connections: int) -> None:
         self.head_timeout_s = settings.head_timeout_s
+        self.keep_alive_s = settings.keep_alive_s
         self.write_timeout_s = settings.write_timeout_s
         self.max_connections = max_connections
         self.metrics = metrics
@@ -91,7 +92,7 @@ def bounded_protocol(
     """uvicorn's protocol, bounded.
 
     - A head that is not complete in time, or too long, is answered with an error and the connection
-      closed; one that nothing was ever sent on is closed without a word.
+      closed; one that nothing was ever sent on is closed without a word, when an idle one would be.
     - A client that does not read its answer is cut off.
     - Over the limit of connections the one idle longest is closed; where none is idle, the new one
       is refused.
@@ -105,6 +106,7 @@ def bounded_protocol(
     class BoundedProtocol(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self._silent_timer: asyncio.TimerHandle | None = None
             self._head_timer: asyncio.TimerHandle | None = None
             self._write_timer: asyncio.TimerHandle | None = None
             self._head_bytes = 0
@@ -122,7 +124,7 @@ def bounded_protocol(
                 )
                 return
             limits.idle[self] = None
-            self._head_timer = self.loop.call_later(limits.head_timeout_s, self._head_is_late)
+            self._silent_timer = self.loop.call_later(limits.keep_alive_s, self._is_silent)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
@@ -130,6 +132,7 @@ def bounded_protocol(
             # uvicorn leaves its own timer running after a reset, and with it the connection.
             self._unset_keepalive_if_required()
             limits.idle.pop(self, None)
+            self._stop_silent_timer()
             self._stop_head_timer()
             self._stop_write_timer()
             limits.metrics.connections_open(len(self.connections))
@@ -137,6 +140,7 @@ def bounded_protocol(
         def data_received(self, data: bytes) -> None:
             if self._refused or self.transport.is_closing():
                 return
+            self._stop_silent_timer()
             super().data_received(data)
             if self._refused or self._in_request():
                 return
@@ -235,13 +239,14 @@ def bounded_protocol(
             self._head_timer = None
             if self.transport.is_closing():
                 return
-            if self._head_bytes:
-                self._refuse(
-                    ErrorKind.HEAD_TIMEOUT,
-                    f"the request's headers did not arrive within {limits.head_timeout_s:g} "
-                    "seconds",
-                )
-            else:
+            self._refuse(
+                ErrorKind.HEAD_TIMEOUT,
+                f"the request's headers did not arrive within {limits.head_timeout_s:g} seconds",
+            )
+
+        def _is_silent(self) -> None:
+            self._silent_timer = None
+            if not self.transport.is_closing():
                 limits.metrics.connection_closed("silent")
                 self.close_in_time()
 
@@ -250,6 +255,11 @@ def bounded_protocol(
             limits.metrics.connection_closed("slow_reader")
             # Closing would wait for the client to read the rest.
             self.transport.abort()
+
+        def _stop_silent_timer(self) -> None:
+            if self._silent_timer is not None:
+                self._silent_timer.cancel()
+                self._silent_timer = None
 
         def _stop_head_timer(self) -> None:
             if self._head_timer is not None:

@@ -218,13 +218,14 @@ class HttpSettings(SettingsGroup):
         description="Origins a browser may call from, separated by commas; none by default.",
     )
     keep_alive_s: int = Field(
-        default=30, ge=1, description="Time an idle connection is kept open, in seconds."
+        default=30,
+        ge=1,
+        description="Time a connection is kept open while nothing is sent, in seconds.",
     )
     head_timeout_s: float = Field(
         default=10.0,
         gt=0,
-        description="Time a client has to send a request's headers, in seconds; more is a 408. A "
-        "new connection on which nothing is sent is closed after it.",
+        description="Time a client has to send a request's headers, in seconds; more is a 408.",
     )
     write_timeout_s: float = Field(
         default=30.0,

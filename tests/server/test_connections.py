@@ -154,7 +154,7 @@ def assert_refused(answer: bytes, status: int, code: str) -> None:
 
 @pytest.mark.parametrize("base", IMPLEMENTATIONS)
 def test_heads_that_come_too_slowly_end(base):
-    with serve(base, head_timeout_s=0.3) as server:
+    with serve(base, head_timeout_s=0.3, keep_alive_s=1) as server:
         silent = server.open()
         partial = server.open(b"GET /small HT")
         assert_refused(read_all(partial), 408, "head_timeout")
@@ -175,6 +175,16 @@ def test_heads_that_come_too_slowly_end(base):
         assert server.value("rectokens_rejected_total", reason="head_timeout") == 2
         assert server.value("rectokens_connections_closed_total", reason="silent") == 1
         server.wait_for(lambda: server.value("rectokens_connections") == 0)
+
+
+@pytest.mark.parametrize("base", IMPLEMENTATIONS)
+def test_a_connection_may_be_opened_ahead(base):
+    with serve(base, head_timeout_s=0.1) as server:
+        ahead = server.open()
+        time.sleep(0.3)
+        ahead.sendall(GET)
+        assert is_answered(ahead)
+        assert server.value("rectokens_connections_closed_total", reason="silent") == 0
 
 
 @pytest.mark.parametrize("base", IMPLEMENTATIONS)

@@ -1,7 +1,7 @@
 """The service as a process under clients that mean no good, and killed: docs/operations.md tells
 what is tested here.
 
-``IDLE_CONNECTIONS`` (default 1,000) and ``FUZZ_EXAMPLES`` (default 150) make it more.
+``IDLE_CONNECTIONS`` (default 1,000) and ``RAW_REQUESTS`` (default 150) make it more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 IDLE = int(os.environ.get("IDLE_CONNECTIONS", "1000"))
-FUZZED = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+FUZZED = int(os.environ.get("RAW_REQUESTS", "150"))
 # Files that this process has open for other things.
 OWN_FILES = 300
 BODY = b'{"history": ["B001"], "top_k": 2}'

@@ -306,7 +306,13 @@ def measure(
     max_open: int,
 ) -> dict[str, float]:
     """All figures of one release."""
-    flags = {"cpu-threads": threads, "log-level": "error", "engine.kv-memory-mib": KV_MEMORY_MIB}
+    flags = {
+        "cpu-threads": threads,
+        "log-level": "error",
+        "engine.kv-memory-mib": KV_MEMORY_MIB,
+        # Connections are opened before they are needed.
+        "http.keep-alive-s": 600,
+    }
     settings = load_settings(
         {name.replace("-", "_"): str(value) for name, value in flags.items()}
         | {"release": str(path)}
