@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,34 @@ class ReleaseShape:
 
 def make_random_release(root: Path, shape: ReleaseShape) -> Path:
     """Write a store with one release; the release's folder."""
+    heads = max(shape.hidden_size // 64, 2)
+    decoder = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": 3 * shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": 64,
+    }
+    return write_random_release(root, shape, decoder, torch.float32, torch.device("cpu"))
+
+
+def write_random_release(
+    root: Path,
+    shape: ReleaseShape,
+    decoder: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Path:
+    """Write a store with one release; the release's folder.
+
+    Args:
+        root: of the store.
+        shape: of catalog and prompts; what it says of the model is not looked at.
+        decoder: sizes in a Qwen3's configuration.
+        dtype: of the weights.
+        device: where they are drawn.
+    """
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     tokens = ItemTokens(
@@ -53,21 +82,16 @@ def make_random_release(root: Path, shape: ReleaseShape) -> Path:
         start_token_id=1,
         end_token_id=2,
     )
-    heads = max(shape.hidden_size // 64, 2)
-    config = Qwen3Config(
-        vocab_size=_SPECIAL_TOKENS + shape.num_levels * shape.codebook_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=3 * shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=64,
-        max_position_embeddings=(shape.max_history + 2) * (shape.num_levels + 2),
-        tie_word_embeddings=True,
-    )
+    sizes: dict[str, Any] = {
+        **decoder,
+        "vocab_size": _SPECIAL_TOKENS + shape.num_levels * shape.codebook_size,
+        "max_position_embeddings": (shape.max_history + 2) * (shape.num_levels + 2),
+        "tie_word_embeddings": True,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(shape.seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        with device:
+            model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes), dtype=dtype).eval()
         codes = torch.randint(0, shape.codebook_size, (shape.num_items, shape.num_levels))
     recipe = PromptRecipe("item_history", 1, {"max_items": shape.max_history})
     catalog = build_catalog(
