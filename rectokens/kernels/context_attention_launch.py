@@ -93,10 +93,12 @@ def launch_prompt(
         softcap: bound of the scores; None for none.
         tile: rows must be what the tiles were cut to.
     """
-    heads = query.shape[1]
+    rows, heads = query.shape[:2]
     if tile is None:
         tile = prompt_tile(query.shape[-1], query.dtype)
-        if tile.rows == 128 and heads * tile_request.shape[0] <= _multiprocessors(query.device):
+        # Not by the number of tiles: a captured pass has room for many that are mostly not there.
+        full = heads * triton.cdiv(rows, tile.rows)
+        if tile.rows == 128 and full <= _multiprocessors(query.device):
             # One program a multiprocessor: more warps hide what other programs would.
             tile = replace(tile, warps=8)
     with _on(query.device):

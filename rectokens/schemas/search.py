@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -77,8 +77,7 @@ class SearchRequest:
         return len(self.prompt) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class SearchHit:
+class SearchHit(NamedTuple):
     """One item found.
 
     Attributes:

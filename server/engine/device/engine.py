@@ -320,11 +320,16 @@ def _answer(request: SearchRequest, found: SearchAnswers, row: int, num_items: i
     slots = found.leaves[row, :count].tolist()
     used = max(slots, default=-1) + 1
     scores = found.scores[row, :used].tolist()
-    codes = [tuple(code) for code in found.codes[row, :used].tolist()]
-    parts = [tuple(part) for part in found.code_scores[row, :used].tolist()]
+    codes = list(map(tuple, found.codes[row, :used].tolist()))
+    parts = list(map(tuple, found.code_scores[row, :used].tolist()))
     hits = tuple(
-        SearchHit(item, codes[slot], scores[slot], parts[slot])
-        for item, slot in zip(items, slots, strict=True)
+        map(
+            SearchHit,
+            items,
+            [codes[slot] for slot in slots],
+            [scores[slot] for slot in slots],
+            [parts[slot] for slot in slots],
+        )
     )
     if count == request.top_k:
         return SearchResult(hits)
