@@ -216,7 +216,7 @@ def _load_model(
         device=settings.device,
         dtype=settings.dtype,
         pool=pool,
-        device_options=DeviceOptions(buckets, capture=given.capture),
+        device_options=DeviceOptions(buckets, capture=given.capture, fp8=given.fp8),
     )
     return engine, prompts
 

@@ -190,6 +190,12 @@ class EngineSettings(SettingsGroup):
         "A width between two of them costs as much as the larger; one above all of them is "
         "searched uncaptured.",
     )
+    fp8: bool = Field(
+        default=False,
+        description="Whether the large products of the model's layers are computed in FP8: faster, "
+        "and scores differ a little. Needs a GPU of compute capability 8.9 or higher and a "
+        "bfloat16 model; anything else refuses to start.",
+    )
     captured_rows: int = Field(
         default=4_096,
         ge=1,

@@ -14,14 +14,38 @@ from rectokens.kernels.optional_triton import triton
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 MAX_NORM_SIZE = 16_384
+MAX_FP8_GATE = 32_768
 
 
 def launch_add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: bool
 ) -> Tensor:
     """Norm of ``x``, or of ``residual`` after ``x`` was added to it; both (R, H)."""
+    out = x.new_empty(x.shape)
+    _add_norm(x, residual, weight, eps, offset, out, None)
+    return out
+
+
+def launch_add_norm_fp8(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: bool
+) -> tuple[Tensor, Tensor]:
+    """The same in FP8, (R, H), and what each row was divided by, float32 (R, 1)."""
+    out = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    _add_norm(x, residual, weight, eps, offset, out, scale)
+    return out, scale
+
+
+def _add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: bool,
+    out: Tensor,
+    scale: Tensor | None,
+) -> None:
     rows, size = x.shape
-    out = x.new_empty((rows, size))
     block = triton.next_power_of_2(size)
     other = x if residual is None else residual
     with _on(x.device):
@@ -30,6 +54,7 @@ def launch_add_norm(
             other,
             weight,
             out,
+            weight if scale is None else scale,
             x.stride(0),
             other.stride(0),
             out.stride(0),
@@ -37,10 +62,10 @@ def launch_add_norm(
             eps,
             HAS_RESIDUAL=residual is not None,
             OFFSET=offset,
+            FP8=scale is not None,
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
         )
-    return out
 
 
 def launch_rotate_store(
@@ -151,6 +176,26 @@ def launch_gate(x: Tensor, activation: str) -> Tensor:
                 num_warps=4,
             )
     return out
+
+
+def launch_gate_fp8(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The same in FP8, (R, I), and what each row was divided by, float32 (R, 1)."""
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = x.new_empty((rows, size), dtype=torch.float8_e4m3fn)
+    scale = x.new_empty((rows, 1), dtype=torch.float32)
+    block = triton.next_power_of_2(size)
+    with _on(x.device):
+        kernels.gate_fp8_kernel[(rows,)](
+            x,
+            out,
+            scale,
+            x.stride(0),
+            size,
+            ACTIVATION=activation,
+            BLOCK=block,
+            num_warps=max(1, min(16, block // 1024)),
+        )
+    return out, scale
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

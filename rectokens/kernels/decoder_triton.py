@@ -1,6 +1,6 @@
 # Triton gives kernels no types; parameters are pointers, tensors of the shapes stated, constants.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, ANN202
 """The elementwise work of a decoder layer, each piece one pass over memory.
 
 Root mean square norm with the residual added first, rotary positions with the norms of queries and
@@ -12,6 +12,15 @@ from __future__ import annotations
 
 from rectokens.kernels.optional_triton import tl, triton
 
+_FP8_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def _fp8_scale(values):
+    """What a row of float32 is divided by so that its largest magnitude becomes FP8's."""
+    largest = tl.max(tl.abs(values), 0)
+    return tl.where(largest > 0.0, largest / _FP8_MAX, 1.0)
+
 
 @triton.jit
 def add_norm_kernel(
@@ -19,6 +28,7 @@ def add_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    scale_ptr,
     x_row,
     residual_row,
     out_row,
@@ -26,17 +36,20 @@ def add_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     OFFSET: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``residual += x``, then its norm; without a residual the norm of ``x``. Grid: (rows,).
 
     Args:
+        scale_ptr: float32 (rows,), written with FP8 only: what each row was divided by.
         OFFSET: the weight is an offset from 1 and is multiplied before rounding (Gemma).
+        FP8: ``out_ptr`` is of that type.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    kind = out_ptr.dtype.element_ty
+    kind = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         place = residual_ptr + row * residual_row + columns
@@ -46,7 +59,13 @@ def add_norm_kernel(
     x = x * tl.rsqrt(tl.sum(x * x, 0) / size + eps)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     x = x * (1.0 + weight) if OFFSET else x.to(kind).to(tl.float32) * weight
-    tl.store(out_ptr + row * out_row + columns, x.to(kind), mask=inside)
+    x = x.to(kind)
+    if FP8:
+        x = x.to(tl.float32)
+        scale = _fp8_scale(x)
+        tl.store(scale_ptr + row, scale)
+        x = (x / scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_row + columns, x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -174,6 +193,19 @@ def store_kernel(
 
 
 @triton.jit
+def _gated(gate, up, kind: tl.constexpr, ACTIVATION: tl.constexpr):
+    """``activation(gate) * up``, rounded to ``kind`` where the models' modules round."""
+    if ACTIVATION == "silu":
+        gate = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        gate = gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
+    else:
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    return (gate.to(kind).to(tl.float32) * up).to(kind)
+
+
+@triton.jit
 def gate_kernel(
     x_ptr,
     out_ptr,
@@ -186,15 +218,31 @@ def gate_kernel(
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
-    kind = out_ptr.dtype.element_ty
     gate = tl.load(x_ptr + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_row + size + columns, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        gate = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        gate = gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
-    else:
-        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    out = gate.to(kind).to(tl.float32) * up
-    tl.store(out_ptr + row * size + columns, out.to(kind), mask=inside)
+    out = _gated(gate, up, out_ptr.dtype.element_ty, ACTIVATION)
+    tl.store(out_ptr + row * size + columns, out, mask=inside)
+
+
+@triton.jit
+def gate_fp8_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    x_row,
+    size,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same in FP8, with what each row was divided by. Grid: (rows,); BLOCK spans a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(x_ptr + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * x_row + size + columns, mask=inside, other=0.0).to(tl.float32)
+    out = _gated(gate, up, x_ptr.dtype.element_ty, ACTIVATION).to(tl.float32)
+    scale = _fp8_scale(out)
+    tl.store(scale_ptr + row, scale)
+    tl.store(
+        out_ptr + row * size + columns, (out / scale).to(out_ptr.dtype.element_ty), mask=inside
+    )

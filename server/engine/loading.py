@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rectokens.ops.fp8 import fp8_refusal
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.device.build import build_device_engine
 from server.engine.device.engine import DeviceEngine, DeviceOptions
@@ -44,7 +45,8 @@ def load_engine(
             defaults.
 
     Raises:
-        ValueError: a folder that holds no causal LM, or one the item tokens do not fit.
+        ValueError: a folder that holds no causal LM, or one the item tokens do not fit, or FP8 is
+            wanted and the device or the model cannot do it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -52,6 +54,10 @@ def load_engine(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    wants_fp8 = device_options is not None and device_options.fp8
+    if wants_fp8:
+        # Before the weights are read.
+        _refuse_fp8(fp8_refusal(torch.device(device), torch.bfloat16))
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     try:
@@ -65,6 +71,11 @@ def load_engine(
         raise ValueError(f"{model_dir} holds no causal LM that can be loaded: {error}") from error
     on_cuda = torch.device(device).type == "cuda"
     return build_engine(model.to(device), item_tokens, pool, device_options if on_cuda else None)
+
+
+def _refuse_fp8(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def build_engine(
@@ -84,7 +95,7 @@ def build_engine(
 
     Raises:
         ValueError: the vocabulary ends before the item tokens do, or the pool's memory holds not
-            even one page.
+            even one page, or FP8 is wanted and the device or the model cannot do it.
     """
     model = _unwrap(model).eval()
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
@@ -96,9 +107,16 @@ def build_engine(
     if device_options is None and model.device.type == "cuda":
         device_options = DeviceOptions()
     if device_options is not None:
+        if device_options.fp8:
+            _refuse_fp8(fp8_refusal(model.device, model.dtype))
         engine = _device_engine(model, item_tokens, pool, device_options)
         if engine is not None:
             return engine
+        if device_options.fp8:
+            raise ValueError(
+                "the model's layers cannot be computed in FP8, the log says why; leave "
+                "engine.fp8 out"
+            )
     runner = choose_runner(model, item_tokens)
     if pool is not None and pool.keep and isinstance(runner, SharedContextRunner):
         attach_pool(runner, pool, _TOLERANCE[model.dtype])

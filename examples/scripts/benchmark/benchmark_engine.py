@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -298,6 +299,27 @@ def batch_overlap(subject: Subject, context: int, batch: int, beam: int) -> floa
     return statistics.mean(map(overlap, alone, together))
 
 
+def fp8_overlap(
+    subject: Subject, other: Subject, contexts: list[int], beam: int
+) -> Iterator[tuple[int, float, float, float]]:
+    """How near FP8 comes: context, share of the 10 best and of all items, gap of scores."""
+    for context in contexts:
+        requests = users(subject, context, 8, beam, 13_000, "children")
+        pairs = [
+            (answers(one.engine.search([request], one.trie), beam)[0] for one in (subject, other))
+            for request in requests
+        ]
+        best, shares, gaps = [], [], []
+        for plain, rounded in pairs:
+            mine = {hit.item_index: hit.score for hit in plain.hits}
+            theirs = {hit.item_index: hit.score for hit in rounded.hits}
+            gaps += [abs(mine[item] - theirs[item]) for item in mine.keys() & theirs.keys()]
+            shares.append(overlap(plain, rounded))
+            best.append(overlap(SearchResult(plain.hits[:10]), SearchResult(rounded.hits[:10])))
+        gap = statistics.median(gaps) if gaps else float("nan")
+        yield context, statistics.mean(best), statistics.mean(shares), gap
+
+
 def beam_memory(subject: Subject, contexts: list[int], beams: list[int]) -> list[dict[str, float]]:
     """Megabytes that one search takes beyond weights, pages and captured searches."""
     rows = []
@@ -317,15 +339,15 @@ def beam_memory(subject: Subject, contexts: list[int], beams: list[int]) -> list
 def report(rows: list[dict[str, Any]], caption: str) -> Table:
     """The figures."""
     table = Table(title="latency of a batch", caption=caption)
-    for column in COLUMNS[:-1]:
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(_text(row[column]) for column in COLUMNS[:-1]))
+        table.add_row(*(_text(row[column]) for column in COLUMNS))
     return table
 
 
-def _text(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
+def _text(value: float | str) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def main(
@@ -341,6 +363,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed batches of each shape.")] = 20,
     memory_mib: Annotated[int, typer.Option(min=1, help="For context KV.")] = 8_192,
     baselines: Annotated[bool, typer.Option(help="Also time what others offer.")] = True,
+    fp8: Annotated[bool, typer.Option(help="Also time the layers in FP8.")] = False,
     widths: Annotated[str, typer.Option(help="Beam widths whose memory is measured.")] = "",
     tflops: Annotated[float, typer.Option(min=1, help="Of the card, for the floor.")] = 790.0,
     out: Annotated[Path | None, typer.Option(help="CSV to write or to append to.")] = None,
@@ -360,14 +383,25 @@ def main(
     subject = Subject(model, lm, tokens, trie, engine)
     engine.search(users(subject, sizes[0], 1, beam_width, 1, "children"), trie)
     console.print(f"ready in {time.perf_counter() - started:.1f} s: {type(engine).__name__}")
+    subjects = [subject]
+    if fp8:
+        in_fp8 = DeviceOptions(buckets, fp8=True)
+        rounded = build_engine(lm, tokens, PoolOptions(memory_bytes=memory_mib << 20), in_fp8)
+        subjects.append(Subject(f"{model} fp8", lm, tokens, trie, rounded))
+        for context, best, share, gap in fp8_overlap(*subjects, sizes, beam_width):
+            console.print(
+                f"FP8, context {context}: {best:.1%} of the 10 best items, {share:.1%} of "
+                f"{beam_width}, as in {dtype}; scores {gap:.2g} apart"
+            )
     rows = []
     for context in sizes:
         for batch in counts:
-            if batch > 1:
-                share = batch_overlap(subject, context, batch, beam_width)
-                console.print(f"{context} x {batch}: {share:.1%} of the items as when alone")
-            rows.append(measure(subject, context, batch, beam_width, repeats, tflops))
-            console.print({k: _text(v) if k != "model" else v for k, v in rows[-1].items()})
+            for one in subjects:
+                if batch > 1:
+                    share = batch_overlap(one, context, batch, beam_width)
+                    console.print(f"{context} x {batch}: {share:.1%} of the items as when alone")
+                rows.append(measure(one, context, batch, beam_width, repeats, tflops))
+                console.print({k: _text(v) for k, v in rows[-1].items()})
     where = torch.cuda.get_device_name() if device != "cpu" else "a CPU"
     console.print(
         report(

@@ -13,6 +13,7 @@ from torch import Tensor
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.device.buckets import Buckets
 from server.engine.device.engine import DeviceEngine, DeviceOptions
+from server.engine.device.fp8 import in_fp8
 from server.engine.device.model import Decoder, DeviceModel
 from server.engine.device.module_decoder import ModuleDecoder
 from server.engine.device.observation import Observed, observe
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 PAGE_TOKENS = 64  # a page is then what an attention program reads in one turn
 _TRIAL_PAGES = 8
 _MAX_TABLE = 1 << 20  # positions that rotary angles are tabulated for
+# Logits in FP8 may differ by this part of their range: what rounding explains, no wrong result.
+_FP8_TOLERANCE = 0.25
 _BEAM_SHARE = 0.1  # of the free memory, at most, for beam KV of captured searches
 
 # Logits of fixed prompts and beams, as made by a runner.
@@ -77,7 +80,9 @@ def build_device_engine(
         device=model.device,
         dtype=model.dtype,
     )
-    for name, make in _decoders(model, item_tokens, seen):
+    if options.fp8:
+        tolerance = max(tolerance, _FP8_TOLERANCE)
+    for name, make in _decoders(model, seen, options):
         try:
             decoder = make()
             candidate = DeviceModel(model, item_tokens, decoder, trial)
@@ -105,9 +110,12 @@ def build_device_engine(
 
 
 def _decoders(
-    model: Any, item_tokens: ItemTokens, seen: Observed
+    model: Any, seen: Observed, options: DeviceOptions
 ) -> Iterator[tuple[str, Callable[[], Decoder]]]:
     positions = min(max_positions(model.config), _MAX_TABLE)
+    if options.fp8:
+        yield "with fused layers in FP8", lambda: in_fp8(recognise(model, seen, positions))
+        return
     yield "with fused layers", lambda: recognise(model, seen, positions)
     yield "by its own modules over pages", lambda: ModuleDecoder(model)
 

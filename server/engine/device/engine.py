@@ -44,11 +44,13 @@ class DeviceOptions:
         buckets: searches.
         prompt_rows: passes over prompts, by rows.
         capture: False runs everything uncaptured, through the same code.
+        fp8: whether the large products of the layers are computed in FP8.
     """
 
     buckets: Buckets = field(default_factory=Buckets)
     prompt_rows: tuple[int, ...] = DEFAULT_ROWS
     capture: bool = True
+    fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)

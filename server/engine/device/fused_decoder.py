@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rectokens.ops.context_attention import ScoreRule
 from rectokens.ops.decoder_pieces import Norm, RotaryTable, add_norm_, gate, rotate_store_
+from rectokens.ops.fp8 import Fp8Rows, add_norm_fp8_, fp8_linear, gate_fp8
 from server.engine.device.passes import ForwardPass, PromptPass
 
 
@@ -28,6 +29,35 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """(R, H) to (R, N)."""
         return F.linear(x, self.weight, self.bias)
+
+    def after_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+        """The projection of ``add_norm_(x, residual, norm)``."""
+        return self(add_norm_(x, residual, norm))
+
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        """The projection of ``gate(x, activation)``."""
+        return self(gate(x, activation))
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Projection:
+    """A linear layer in FP8, of inputs that are rounded to it where they are made.
+
+    Attributes:
+        weight: (N, H), a scale an output channel.
+        bias: (N,) or None.
+    """
+
+    weight: Fp8Rows
+    bias: Tensor | None
+
+    def after_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+        """See :class:`Projection`."""
+        return fp8_linear(add_norm_fp8_(x, residual, norm), self.weight, self.bias)
+
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        """See :class:`Projection`."""
+        return fp8_linear(gate_fp8(x, activation), self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +84,16 @@ class LayerPlan:
     index: int
     query_heads: int
     attention_in: Norm
-    qkv: Projection
+    qkv: Projection | Fp8Projection
     head_norms: tuple[Norm, Norm] | None
     rotary: RotaryTable
     rule: ScoreRule
     attention_out: Projection
     attention_out_norm: Norm | None
     feed_in: Norm
-    gate_up: Projection
+    gate_up: Projection | Fp8Projection
     activation: str
-    down: Projection
+    down: Projection | Fp8Projection
     feed_out_norm: Norm | None
 
 
@@ -93,14 +123,15 @@ class FusedDecoder:
         """
         if self.embed_factor != 1.0:
             x *= self.embed_factor
-        residual = x
-        hidden = add_norm_(x, None, self.layers[0].attention_in)
+        # What the next norm adds to the residual; at first there is only one of the two.
+        added, residual = x, None
         for number, layer in enumerate(self.layers):
             is_last = number + 1 == len(self.layers)
-            following = self.final_norm if is_last else self.layers[number + 1].attention_in
             keys, values, slots = rows.target(layer.index)
+            projected = layer.qkv.after_norm(added, residual, layer.attention_in)
+            residual = x if residual is None else residual
             query = rotate_store_(
-                layer.qkv(hidden),
+                projected,
                 rows.positions,
                 layer.rotary,
                 layer.head_norms,
@@ -118,9 +149,8 @@ class FusedDecoder:
             added = layer.attention_out(mixed.flatten(1))
             if layer.attention_out_norm is not None:
                 added = add_norm_(added, None, layer.attention_out_norm)
-            hidden = add_norm_(added, residual, layer.feed_in)
-            added = layer.down(gate(layer.gate_up(hidden), layer.activation))
+            wide = layer.gate_up.after_norm(added, residual, layer.feed_in)
+            added = layer.down.after_gate(wide, layer.activation)
             if layer.feed_out_norm is not None:
                 added = add_norm_(added, None, layer.feed_out_norm)
-            hidden = add_norm_(added, residual, following)
-        return hidden
+        return add_norm_(added, residual, self.final_norm)

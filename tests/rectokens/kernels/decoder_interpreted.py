@@ -15,6 +15,7 @@ from torch import Tensor
 from rectokens.kernels import decoder_launch as launch
 from rectokens.kernels.head_norm_launch import launch_linear_logsumexp
 from rectokens.ops import decoder_pieces as pieces
+from rectokens.ops import fp8
 from rectokens.ops.head_norm import linear_logsumexp
 
 torch.set_num_threads(1)
@@ -116,6 +117,41 @@ def gates(results):
             results[f"gate/{activation}/{dtype}"] = close(found, pieces.gate(x, activation))
 
 
+def same_fp8(found, wanted):
+    """Equal scales, and values at most one step of FP8 apart where float32 rounds otherwise.
+
+    Where rounding carries into the exponent the interpreter loses the carry: half of what is right.
+    """
+    values, scale = found
+    steps = values.view(torch.int8).int() - wanted.values.view(torch.int8).int()
+    halved = values.float() * 2 == wanted.values.float()
+    return (
+        bool(torch.allclose(scale, wanted.scale, rtol=1e-3))
+        and bool(((steps.abs() <= 1) | halved).all())
+        and bool((steps == 0).float().mean() > 0.9)
+    )
+
+
+def in_fp8(results):
+    for size, dtype in ((48, torch.float32), (1000, torch.float16)):
+        g = torch.Generator().manual_seed(size)
+        x, residual = torch.randn(2, 6, size, generator=g).to(dtype)
+        x[2] = residual[2] = 0  # a row of zeros has no scale of its own
+        norm = pieces.Norm(torch.randn(size, generator=g).to(dtype), 1e-5)
+        for with_residual in (False, True):
+            mine, theirs = residual.clone(), residual.clone()
+            given = (mine, theirs) if with_residual else (None, None)
+            found = launch.launch_add_norm_fp8(x, given[0], norm.weight, 1e-5, offset=False)
+            right = same_fp8(found, fp8.add_norm_fp8_(x, given[1], norm))
+            results[f"fp8/norm/{size}/{with_residual}"] = right and torch.equal(mine, theirs)
+        wide = torch.randn(7, 2 * size, generator=g).to(dtype) * 4
+        for activation in pieces.ACTIVATIONS:
+            found = launch.launch_gate_fp8(wide, activation)
+            results[f"fp8/gate/{size}/{activation}"] = same_fp8(
+                found, fp8.gate_fp8(wide, activation)
+            )
+
+
 def norms_of_heads(results):
     for batch, width, hidden, outputs in ((3, 1, 40, 70), (2, 20, 24, 33), (1, 70, 16, 300)):
         for dtype in DTYPES:
@@ -139,5 +175,6 @@ norms(results)
 rotations(results)
 stores(results)
 gates(results)
+in_fp8(results)
 norms_of_heads(results)
 json.dump(results, sys.stdout)

@@ -33,6 +33,10 @@ def code_of(kernel, tmp_path, dtype, constants, **options):
             return "fp32" if name in ("eps", "factor", "softcap") else "i32"
         if name in ("slot_ptr", "position_ptr", "kind_ptr"):
             return "*i32"
+        if name == "scale_ptr":
+            return "*fp32"
+        if name == "out_ptr" and ("fp8" in kernel.__name__ or constants.get("FP8")):
+            return "*fp8e4nv"
         wide = kernel is head.linear_logsumexp_kernel and name == "out_ptr"
         return "*fp32" if wide else f"*{TYPES[dtype]}"
 
@@ -63,8 +67,9 @@ def cuobjdump(option, cubin):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("block", [1024, 16384])
-def test_norm(tmp_path, dtype, block):
-    constants = {"HAS_RESIDUAL": True, "OFFSET": False, "BLOCK": block}
+@pytest.mark.parametrize("fp8", [False, True])
+def test_norm(tmp_path, dtype, block, fp8):
+    constants = {"HAS_RESIDUAL": True, "OFFSET": False, "FP8": fp8, "BLOCK": block}
     code = code_of(
         decoder.add_norm_kernel, tmp_path, dtype, constants, num_warps=max(2, block // 1024)
     )
@@ -84,6 +89,11 @@ def test_store_and_gate(tmp_path):
     for activation in ("silu", "gelu_tanh", "gelu"):
         constants = {"ACTIVATION": activation, "BLOCK": 1024}
         code = code_of(decoder.gate_kernel, tmp_path, torch.bfloat16, constants, num_warps=4)
+        assert "LDG.E.128" in code
+    for block in (8192, 32768):
+        constants = {"ACTIVATION": "silu", "BLOCK": block}
+        code = code_of(decoder.gate_fp8_kernel, tmp_path, torch.bfloat16, constants,
+                       num_warps=min(16, block // 1024))  # fmt: skip
         assert "LDG.E.128" in code
 
 

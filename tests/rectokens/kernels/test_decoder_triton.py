@@ -25,7 +25,7 @@ def results():
 
 @pytest.mark.parametrize(
     ("prefix", "count"),
-    [("norm", 32), ("rotate", 18), ("store", 2), ("gate", 6), ("logsumexp", 12)],
+    [("norm", 32), ("rotate", 18), ("store", 2), ("gate", 6), ("fp8", 10), ("logsumexp", 12)],
 )
 def test_equal_to_the_definition(results, prefix, count):
     found = {name: right for name, right in results.items() if name.startswith(prefix)}
