@@ -92,7 +92,12 @@ class ReleaseSource:
         )
         if beside is not None:
             release.catalog.prepare_sets_of(beside.catalog)
-        if not kept:
+        if kept:
+            try:
+                release.engine.get_ready(release.trie)
+            except ValueError as error:
+                raise ReleaseError(str(error)) from error
+        else:
             warm_up(release)
         return release
 

@@ -8,7 +8,7 @@ may get, is fixed at capture, and tells on the host whether another catalog stil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,6 +100,22 @@ class StepShapes:
             pairs = min(int(pairs * headroom) + 1, parents * bucket)
             levels.append(LevelShape(bucket, pairs, typical))
         return cls(width, trie.codebook_size, tuple(levels))
+
+    def covering(self, other: StepShapes) -> StepShapes:
+        """Shapes for whatever fits one of the two; what is typical is taken from these.
+
+        Args:
+            other: of the same width, codes and levels.
+        """
+        levels = (
+            replace(
+                mine,
+                max_children=max(mine.max_children, theirs.max_children),
+                pairs=max(mine.pairs, theirs.pairs),
+            )
+            for mine, theirs in zip(self.levels, other.levels, strict=True)
+        )
+        return replace(self, levels=tuple(levels))
 
     def refusal(self, trie: CatalogTrie) -> str | None:
         """Why ``trie`` needs other shapes (a new capture); None where it fits.

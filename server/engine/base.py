@@ -50,6 +50,10 @@ class EngineBase:
         """H of the input embeddings that a prompt may be given as."""
         return self._hidden_size
 
+    def get_ready(self, trie: CatalogTrie) -> None:
+        """Make what a catalog needs before it is searched; see ``SearchEngine``."""
+        self._check_trie(trie)
+
     def _check_trie(self, trie: CatalogTrie) -> None:
         """Raise ValueError if the trie does not fit the model."""
         if (trie.num_levels, trie.codebook_size) != (

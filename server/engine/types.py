@@ -103,6 +103,17 @@ class SearchEngine(Protocol):
         """What is kept of earlier prompts; None where nothing is. Any thread may read it."""
         ...
 
+    def get_ready(self, trie: CatalogTrie) -> None:
+        """Make what a catalog needs that is going to be searched, so that no batch has to wait.
+
+        On any thread, one at a time, while another one runs batches of another catalog. Searching
+        a catalog without is allowed and right, but its first batch may take seconds.
+
+        Raises:
+            ValueError: the catalog does not fit the model.
+        """
+        ...
+
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> Any:
         """All that can be done for a batch before its turn: checked, padded, copied.
 

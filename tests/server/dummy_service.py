@@ -74,6 +74,9 @@ class DummyEngine:
         self.left: list[list[bool]] = []
         self._changed = threading.Condition()
 
+    def get_ready(self, trie: CatalogTrie) -> None:
+        """Needs nothing."""
+
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DummyBatch:
         thread = threading.current_thread().name
         with self._changed:

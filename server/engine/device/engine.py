@@ -109,6 +109,8 @@ class DeviceEngine(EngineBase):
         )
         self._passes.capture()
         self._lock = threading.Lock()
+        # Made beside the searches in use, for a catalog (its row_ptrs) that outgrew them.
+        self._made: tuple[Tensor, Searches] | None = None
         self._sizes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     @property
@@ -119,6 +121,26 @@ class DeviceEngine(EngineBase):
     def search(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> BatchOutcome:
         """Answer a batch: see :meth:`prepare` and :meth:`run`."""
         return self.run(self.prepare(requests, trie))
+
+    def get_ready(self, trie: CatalogTrie) -> None:
+        """Capture searches for a catalog that has outgrown them, beside those that run.
+
+        They are kept until that catalog is searched or another one is made ready.
+
+        Raises:
+            ValueError: the catalog does not fit the model.
+        """
+        self._check_trie(trie)
+        if self._searches.takes(trie):
+            return
+        self._made = None
+        try:
+            with torch.inference_mode():
+                made = self._searches.beside(trie)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory to capture searches beside others: %s", error)
+            return
+        self._made = trie.row_ptrs, made
 
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DeviceBatch:
         """Check a batch and copy its filters to the device. Any thread may, at any time.
@@ -202,7 +224,7 @@ class DeviceEngine(EngineBase):
         except OutOfPagesError as why:
             return [EngineFault(str(why))] * len(requests), [0] * len(requests), (0.0, 0.0)
         try:
-            self._searches.use(batch.trie)
+            self._use(batch.trie)
             timer = Timer(self.device)
             hidden = self._passes(
                 [
@@ -222,6 +244,15 @@ class DeviceEngine(EngineBase):
             raise
         finally:
             leases.close()
+
+    def _use(self, trie: CatalogTrie) -> None:
+        """Search ``trie`` from now on, with what was made for it if there is such."""
+        made = self._made
+        if made is not None and made[0] is trie.row_ptrs:
+            self._searches, self._made = made[1], None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the others' graphs are gone
+        self._searches.use(trie)
 
     def _enqueue(
         self,

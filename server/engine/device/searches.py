@@ -1,7 +1,8 @@
 """The searches of an engine: captured for its buckets, made on demand for anything else.
 
 A catalog that fits the shapes at hand is swapped in by writing a few pointers; nothing is captured
-again. One that has outgrown them gets searches of its own.
+again. One that has outgrown them gets searches of its own: made beside the others by
+:meth:`Searches.beside`, while those are in use, or in their place where nobody did so in time.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Searches:
         self._capture = capture and model.device.type == "cuda"
         self._trie: weakref.ref[Tensor] | None = None
         self._tables: dict[int, TrieTable] = {}
+        self._before: dict[int, StepShapes] = {}
         self._loose: dict[int, TrieTable] = {}
         self._ready: dict[tuple[int, int], Ready] = {}
         self._beam_kv: BeamKV | None = None
@@ -76,6 +78,28 @@ class Searches:
         if self._capture:
             torch.cuda.empty_cache()
 
+    def takes(self, trie: CatalogTrie) -> bool:
+        """Whether ``trie`` fits what was captured. Any thread may ask; waits for the device."""
+        return all(table.shapes.refusal(trie) is None for table in list(self._tables.values()))
+
+    def beside(self, trie: CatalogTrie) -> Searches:
+        """Searches for a trie that does not fit these, and for all that do. Any thread.
+
+        They share nothing with these but the model, which goes on being used meanwhile; only
+        one of the two may run at a time from then on.
+
+        Raises:
+            torch.OutOfMemoryError: no room for both.
+        """
+        made = Searches(self._model, self._buckets, self._pages, capture=self._capture)
+        made._before = {width: table.shapes for width, table in self._tables.items()}
+        made.use(trie)
+        if len(made._ready) < len(self._ready):
+            raise torch.OutOfMemoryError(
+                f"room for {len(made._ready)} searches beside {len(self._ready)}"
+            )
+        return made
+
     def forget(self) -> None:
         """Look at the trie again at the next use, whatever went wrong before."""
         self._trie = None
@@ -102,7 +126,9 @@ class Searches:
 
     def _load(self, trie: CatalogTrie, width: int) -> None:
         table = self._tables.get(width)
+        before = self._before.get(width)
         if table is not None:
+            before = table.shapes
             refusal = table.shapes.refusal(trie)
             if refusal is None:
                 table.load(trie, checked=True)
@@ -112,7 +138,9 @@ class Searches:
             if self._capture:
                 # The memory of graphs that are gone cannot be captured into again.
                 self._memory = torch.cuda.graph_pool_handle()
-        self._tables[width] = TrieTable(trie, StepShapes.of(trie, min(width, MAX_WIDTH)))
+        shapes = StepShapes.of(trie, min(width, MAX_WIDTH))
+        # The catalog before may be searched again: requests in flight, or a roll-back.
+        self._tables[width] = TrieTable(trie, shapes if before is None else shapes.covering(before))
 
     def _make(self, batch: int, width: int) -> Ready:
         if self._beam_kv is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.buckets import Buckets
 from server.engine.device.engine import DeviceEngine, DeviceOptions
 from server.engine.device.graphs import CapturedCall, CaptureError
+from server.engine.device.searches import Searches
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.types import EngineFault
@@ -114,6 +116,43 @@ def test_a_catalog_that_outgrows_the_shapes_is_captured_anew(
         (found,) = engine.search([request], trie.to("cuda")).results
         assert_same(found, ReferenceSearch(models["llama"], TOKENS, codes).search(request), 1e-4)
         assert set(captured_searches(engine)) == set(OPTIONS.buckets.shapes())
+
+
+def test_what_outgrows_the_shapes_is_captured_beside_what_runs(
+    make: Callable[..., Any], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(make("llama").cuda(), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    batch = [SearchRequest((7, 8, 9) * (n + 1), 12, 12) for n in range(4)]
+
+    def check(trie: Any, codes: torch.Tensor) -> None:
+        reference = ReferenceSearch(models["llama"], TOKENS, codes)
+        for request, found in zip(batch, engine.search(batch, trie).results, strict=True):
+            assert_same(found, reference.search(request), 1e-4)
+
+    (small, few), (large, many) = random_catalog(3, 6), random_catalog(3, 125)
+    small, large = small.to("cuda"), large.to("cuda")
+    check(small, few)
+    in_use = engine._searches
+    getting_ready = threading.Thread(target=engine.get_ready, args=(large,))
+    getting_ready.start()
+    turns = 0
+    while getting_ready.is_alive():
+        check(small, few)
+        turns += 1
+    assert turns > 1
+    check(small, few)
+    assert engine._searches is in_use
+
+    def no_more(*args: object) -> None:
+        raise AssertionError("a search is captured while a batch waits")
+
+    monkeypatch.setattr(Searches, "_make", no_more)
+    for _ in range(3):
+        check(large, many)
+        check(small, few)
+    assert engine._searches is not in_use
+    assert set(captured_searches(engine)) == set(OPTIONS.buckets.shapes())
 
 
 def test_alone_and_in_any_batch_the_same(engines: dict[str, DeviceEngine]) -> None:

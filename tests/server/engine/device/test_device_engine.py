@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rectokens.decoding.catalog_search import ReferenceSearch
+from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.engine import DeviceEngine
 from server.engine.device.fused_decoder import FusedDecoder
 from server.engine.device.module_decoder import ModuleDecoder
+from server.engine.device.searches import Searches
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.types import EngineFault
@@ -91,6 +96,56 @@ def test_a_returning_prompt_is_cached_and_gives_the_same(
     assert alone.cached_tokens == (0,)
     assert isinstance(alone.results[0], SearchResult)
     assert_same(again.results[0], alone.results[0], 1e-4)
+
+
+def test_a_catalog_that_outgrows_the_shapes_is_made_ready_beside(
+    tiny_lm: Callable[..., Any], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    request = SearchRequest((7, 8, 9), 12, 12)
+    (small, few), (large, many) = random_catalog(3, 6), random_catalog(3, 125)
+    with pytest.raises(ValueError, match="codes"):
+        engine.get_ready(CatalogTrie.from_codes(torch.zeros(1, 3, dtype=torch.long), 4)[0])
+
+    def check(trie: CatalogTrie, codes: torch.Tensor) -> None:
+        (found,) = engine.search([request], trie).results
+        assert_same(found, ReferenceSearch(models["llama"], TOKENS, codes).search(request), 1e-4)
+
+    check(small, few)
+    in_use = engine._searches
+    getting_ready = threading.Thread(target=engine.get_ready, args=(large,))
+    getting_ready.start()
+    while getting_ready.is_alive():
+        check(small, few)
+    assert engine._searches is in_use
+
+    def no_more(*args: object) -> None:
+        raise AssertionError("a search is made while a batch waits")
+
+    monkeypatch.setattr(Searches, "_make", no_more)
+    check(large, many)
+    assert engine._searches is not in_use
+    check(small, few)
+    check(large, many)
+    engine.get_ready(small)
+    check(small, few)
+
+
+def test_one_catalog_at_most_is_kept_ready(tiny_lm: Callable[..., Any]) -> None:
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    request = SearchRequest((7, 8, 9), 4, 4)
+    small, large, other = (random_catalog(3, items)[0] for items in (6, 125, 120))
+    engine.search([request], small)
+    engine.get_ready(large)
+    assert engine._made is not None
+    first = weakref.ref(engine._made[1])
+    engine.search([request], small)
+    assert first() is not None
+    engine.get_ready(other)
+    gc.collect()
+    assert first() is None
 
 
 def test_long_prompts_are_computed_in_several_passes(
