@@ -12,6 +12,7 @@ from rectokens.ops.fp8 import fp8_refusal
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.device.build import build_device_engine
 from server.engine.device.engine import DeviceEngine, DeviceOptions
+from server.engine.device.fp8 import let_go_of_rounded
 from server.engine.engine import Engine
 from server.engine.pool_setup import PoolOptions, attach_pool
 from server.engine.prompt_leases import Prompts
@@ -70,7 +71,11 @@ def load_engine(
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{model_dir} holds no causal LM that can be loaded: {error}") from error
     on_cuda = torch.device(device).type == "cuda"
-    return build_engine(model.to(device), item_tokens, pool, device_options if on_cuda else None)
+    model = model.to(device)
+    engine = build_engine(model, item_tokens, pool, device_options if on_cuda else None)
+    if wants_fp8:
+        let_go_of_rounded(_unwrap(model))
+    return engine
 
 
 def _refuse_fp8(reason: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
+import threading
 import weakref
 
 import fsspec
@@ -127,6 +128,30 @@ async def test_a_running_batch_keeps_the_version_it_was_admitted_under(start_app
     assert answer["catalog_version"] == small_store.catalogs[1]
     assert only_of(answer, 1)
     await served(running, 2, small_store)
+
+
+async def test_a_catalog_is_made_ready_on_the_loader_thread_before_it_is_tried(
+    start_app, small_store
+):
+    running = await start(start_app, small_store)
+    engine = running.service.release.engine
+    get_ready, search, done = engine.get_ready, engine.run, []
+
+    def noting_ready(trie):
+        done.append(("ready", threading.current_thread().name.partition("_")[0], trie.num_items))
+        get_ready(trie)
+
+    def noting_run(prepared, *args):
+        done.append(("run", threading.current_thread().name, None))
+        return search(prepared, *args)
+
+    engine.get_ready, engine.run = noting_ready, noting_run
+    small_store.add(2, items=50)
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    assert done[0] == ("ready", "follow", 50)
+    assert done[1][:2] == ("run", "engine")
+    assert len(done) == 2
 
 
 async def test_a_third_version_waits_until_the_first_has_gone(start_app, small_store):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rectokens.ops.fp8 import check_fp8_weight, fp8_rows
 from server.engine.device.fused_decoder import Fp8Projection, FusedDecoder, Projection
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def in_fp8(decoder: FusedDecoder) -> FusedDecoder:
@@ -27,6 +31,18 @@ def in_fp8(decoder: FusedDecoder) -> FusedDecoder:
         for layer in decoder.layers
     )
     return replace(decoder, layers=tuple(layers))
+
+
+def let_go_of_rounded(model: Any) -> None:
+    """Free a model's own weights of the projections that :func:`in_fp8` rounds.
+
+    Only for a model that nothing but an engine in FP8 uses: its layers do not run afterwards.
+    """
+    for layer in model.get_decoder().layers:
+        for part, names in ((layer.self_attn, _ATTENTION), (layer.mlp, _FEED_FORWARD)):
+            for name in names:
+                weight = getattr(part, name).weight
+                weight.data = weight.data.new_empty(0)
 
 
 def _in_fp8(projection: Projection | Fp8Projection) -> Fp8Projection:

@@ -11,6 +11,7 @@ import torch
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine import loading
 from server.engine.device.engine import DeviceEngine, DeviceOptions
+from server.engine.device.fp8 import let_go_of_rounded
 from server.engine.device.fused_decoder import Fp8Projection
 from server.engine.loading import build_engine, load_engine
 from tests.server.engine.device.device_cases import OPTIONS, POOL, TOKENS, VOCAB, random_catalog
@@ -48,6 +49,21 @@ def test_nearly_the_same_items(tiny_lm: Callable[..., Any], kind: str) -> None:
         assert all(abs(scores[item] - found[item]) < 1.0 for item in common)
         assert any(scores[item] != found[item] for item in common)
     assert shared / total > 0.6
+
+
+@pytest.mark.usefixtures("allowed")
+def test_the_rounded_weights_need_not_be_kept(tiny_lm: Callable[..., Any]) -> None:
+    trie, _ = random_catalog(5, 60)
+    model = tiny_lm("qwen3", VOCAB, seed=3).bfloat16()
+    engine = build_engine(model, TOKENS, POOL, IN_FP8)
+    request = [SearchRequest((1, 2, 3), 12, 12)]
+    before = engine.search(request, trie).results
+    held = sum(parameter.numel() for parameter in model.parameters())
+    let_go_of_rounded(model)
+    left = sum(parameter.numel() for parameter in model.parameters())
+    # Three layers: 32 x (32 + 2 x 16) and 3 x 32 x 48.
+    assert held - left == 3 * (32 * 64 + 3 * 32 * 48)
+    assert engine.search(request, trie).results == before
 
 
 @pytest.mark.usefixtures("allowed")
