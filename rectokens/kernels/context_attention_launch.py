@@ -60,6 +60,34 @@ def fits(query: Tensor, keys: Tensor) -> bool:
     return takes(dim, query.dtype) and keys.dtype == query.dtype and keys.shape[-1] == dim
 
 
+def takes_bulk(dim: int, dtype: torch.dtype, page_size: int, tile: AttentionTile,
+               device: torch.device) -> bool:  # fmt: skip
+    """Whether positions can be loaded by bulk tensor copies, which Hopper brought."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and dtype.itemsize == 2
+        and MIN_BLOCK_DIM <= dim == triton.next_power_of_2(dim)
+        and page_size % tile.positions == 0
+    )
+
+
+def prompt_tile_in_use(
+    heads: int, dim: int, rows: int, dtype: torch.dtype, device: torch.device, *, bulk: bool
+) -> AttentionTile:
+    """Tile of the prompt kernel's programs; its rows divide those of :func:`prompt_tile`."""
+    tile = prompt_tile(dim, dtype)
+    # Not by the number of tiles: a captured pass has room for many that are mostly not there.
+    is_small = heads * triton.cdiv(rows, tile.rows) <= _multiprocessors(device)
+    if tile.rows != 128:
+        return tile
+    if bulk:
+        # One program a multiprocessor would leave half of it idle.
+        return AttentionTile(64, 64, 4, 3) if is_small else replace(tile, stages=2)
+    # One program a multiprocessor: more warps hide what other programs would.
+    return replace(tile, warps=8) if is_small else tile
+
+
 def launch_prompt(
     query: Tensor,
     keys: Tensor,
@@ -75,6 +103,8 @@ def launch_prompt(
     window: int | None,
     softcap: float | None,
     tile: AttentionTile | None = None,
+    cut_rows: int | None = None,
+    bulk: bool | None = None,
 ) -> None:
     """Causal attention of packed prompts; rows of ``out`` that no tile covers are left alone.
 
@@ -91,21 +121,25 @@ def launch_prompt(
         scale: of the scores.
         window: positions a query sees, itself included; None for all.
         softcap: bound of the scores; None for none.
-        tile: rows must be what the tiles were cut to.
+        tile: shape of the programs; None for what is best.
+        cut_rows: rows that tiles were cut to, a multiple of the programs'; None for those of
+            ``tile``, or without it of :func:`prompt_tile`.
+        bulk: whether to load by bulk tensor copies; None for where that is possible.
     """
-    rows, heads = query.shape[:2]
+    rows, heads, dim = query.shape
+    usual = tile or prompt_tile(dim, query.dtype)
+    if bulk is None:
+        bulk = takes_bulk(dim, query.dtype, keys.shape[2], usual, query.device)
     if tile is None:
-        tile = prompt_tile(query.shape[-1], query.dtype)
-        # Not by the number of tiles: a captured pass has room for many that are mostly not there.
-        full = heads * triton.cdiv(rows, tile.rows)
-        if tile.rows == 128 and full <= _multiprocessors(query.device):
-            # One program a multiprocessor: more warps hide what other programs would.
-            tile = replace(tile, warps=8)
+        tile = prompt_tile_in_use(heads, dim, rows, query.dtype, query.device, bulk=bulk)
     with _on(query.device):
-        kernels.prompt_kernel[(heads, tile_request.shape[0])](
+        kernels.prompt_kernel[
+            (heads, tile_request.shape[0], (cut_rows or usual.rows) // tile.rows)
+        ](
             query,
             keys,
             values,
+            *_descriptors(keys, values, tile, bulk),
             out,
             tile_request,
             tile_start,
@@ -120,6 +154,8 @@ def launch_prompt(
             scale,
             1.0 if softcap is None else softcap,
             0 if window is None else window,
+            keys.shape[1],
+            BULK=bulk,
             BLOCK_M=tile.rows,
             **_common(query, keys, tile, window, softcap),
         )
@@ -150,6 +186,7 @@ def launch_beams(
     softcap: float | None,
     tile: AttentionTile | None = None,
     parts: int | None = None,
+    bulk: bool | None = None,
 ) -> Tensor:
     """Beams over their request's context and their own positions.
 
@@ -169,6 +206,7 @@ def launch_beams(
         softcap: bound of the scores; None for none.
         tile: shape of the context kernel's programs.
         parts: parts the context is cut in; None for as many as fill the device.
+        bulk: whether to load by bulk tensor copies; None for where that is possible.
 
     Returns:
         (B * W, Hq, D).
@@ -180,6 +218,8 @@ def launch_beams(
     batch_size, width = paths.shape[:2]
     if parts is None:
         parts = parts_for(batch_size, width, kv_heads, group, tile, query.device)
+    if bulk is None:
+        bulk = takes_bulk(dim, query.dtype, keys.shape[2], tile, query.device)
     partial = query.new_empty((parts, rows, heads, dim), dtype=torch.float32)
     norms = query.new_empty((parts, rows, heads), dtype=torch.float32)
     out = query.new_empty((rows, heads, dim))
@@ -192,6 +232,7 @@ def launch_beams(
             query,
             keys,
             values,
+            *_descriptors(keys, values, tile, bulk),
             partial,
             norms,
             lengths,
@@ -207,6 +248,7 @@ def launch_beams(
             seen,
             kv_heads,
             parts,
+            BULK=bulk,
             BLOCK_M=tile.rows,
             **_common(query, keys, tile, window, softcap),
         )
@@ -239,6 +281,17 @@ def launch_beams(
             num_warps=4,
         )
     return out
+
+
+def _descriptors(keys: Tensor, values: Tensor, tile: AttentionTile, bulk: bool) -> list[Any]:
+    """Keys and values as rows of D for bulk copies; where there are none, anything."""
+    if not bulk:
+        return [keys, values]
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    dim = keys.shape[3]
+    block = [tile.positions, dim]
+    return [TensorDescriptor.from_tensor(side.view(-1, dim), block) for side in (keys, values)]
 
 
 def _common(

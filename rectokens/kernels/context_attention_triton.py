@@ -59,6 +59,13 @@ def _key_rows(
 
 
 @triton.jit
+def _bulk_rows(descriptor, table_ptr, start, head, kv_heads, PAGE_SIZE: tl.constexpr):
+    """Neighbouring positions of one page by one bulk copy, from (P * Hkv * page size, D)."""
+    page = tl.load(table_ptr + start // PAGE_SIZE)
+    return descriptor.load([(page * kv_heads + head) * PAGE_SIZE + start % PAGE_SIZE, 0])
+
+
+@triton.jit
 def _attend(
     query,
     query_positions,
@@ -70,11 +77,16 @@ def _attend(
     total,
     key_ptr,
     value_ptr,
+    key_desc,
+    value_desc,
+    kv_head,
+    kv_heads,
     table_ptr,
     page_stride,
     scale,
     softcap,
     window,
+    BULK: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -90,10 +102,15 @@ def _attend(
     dims = tl.arange(0, BLOCK_D)
     unit = _unit(scale, softcap, HAS_SOFTCAP)
     for start in tl.range(low, high, BLOCK_N):
-        base, rows = _key_rows(table_ptr, start, offsets, length, page_stride, PAGE_SIZE, BLOCK_N)
-        places = (base + rows * DIM)[:, None] + dims[None, :]
         positions = start + offsets
-        if MASKED:
+        if not BULK:
+            base, rows = _key_rows(
+                table_ptr, start, offsets, length, page_stride, PAGE_SIZE, BLOCK_N
+            )
+            places = (base + rows * DIM)[:, None] + dims[None, :]
+        if BULK:
+            keys = _bulk_rows(key_desc, table_ptr, start, kv_head, kv_heads, PAGE_SIZE)
+        elif MASKED:
             inside = (positions < length)[:, None]
             if BLOCK_D != DIM:
                 inside = inside & (dims < DIM)[None, :]
@@ -117,7 +134,9 @@ def _attend(
         shrink = tl.exp2(peak - safe)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        if MASKED:
+        if BULK:
+            values = _bulk_rows(value_desc, table_ptr, start, kv_head, kv_heads, PAGE_SIZE)
+        elif MASKED:
             values = tl.load(value_ptr + places, mask=inside, other=0.0)
         elif BLOCK_D != DIM:
             values = tl.load(value_ptr + places, mask=(dims < DIM)[None, :], other=0.0)
@@ -133,6 +152,8 @@ def prompt_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
+    key_desc,
+    value_desc,
     out_ptr,
     tile_request_ptr,
     tile_start_ptr,
@@ -147,6 +168,8 @@ def prompt_kernel(
     scale,
     softcap,
     window,
+    kv_heads,
+    BULK: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -157,14 +180,23 @@ def prompt_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One query head of one tile of one prompt. Grid: (Hq, tiles)."""
+    """One query head of one part of a tile of a prompt. Grid: (Hq, tiles, parts of a tile).
+
+    Args:
+        key_desc: descriptor of the keys as (P * Hkv * page size, D), a block of BLOCK_N rows;
+            with BULK only.
+        value_desc: likewise.
+        BULK: positions that need no mask are loaded by bulk copies.
+    """
     head = tl.program_id(0)
     request = tl.load(tile_request_ptr + tl.program_id(1))
     if request < 0:
         return
-    tile_start = tl.load(tile_start_ptr + tl.program_id(1))
+    tile_start = tl.load(tile_start_ptr + tl.program_id(1)) + tl.program_id(2) * BLOCK_M
     first = tl.load(query_starts_ptr + request)
     count = tl.load(query_starts_ptr + request + 1) - first
+    if tile_start >= count:
+        return
     length = tl.load(length_ptr + request)
     cached = length - count
     dims = tl.arange(0, BLOCK_D)
@@ -192,12 +224,14 @@ def prompt_kernel(
     else:
         acc, peak, total = _attend(
             query, query_positions, 0, full, length, acc, peak, total,
-            key_ptr, value_ptr, table_ptr, page_stride, scale, softcap, window,
+            key_ptr, value_ptr, key_desc, value_desc, head // GROUP, kv_heads,
+            table_ptr, page_stride, scale, softcap, window, BULK,
             False, True, HAS_WINDOW, HAS_SOFTCAP, PAGE_SIZE, DIM, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     acc, peak, total = _attend(
         query, query_positions, full, high, length, acc, peak, total,
-        key_ptr, value_ptr, table_ptr, page_stride, scale, softcap, window,
+        key_ptr, value_ptr, key_desc, value_desc, head // GROUP, kv_heads,
+        table_ptr, page_stride, scale, softcap, window, False,
         True, True, HAS_WINDOW, HAS_SOFTCAP, PAGE_SIZE, DIM, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
     out = acc / total[:, None]
@@ -213,6 +247,8 @@ def context_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
+    key_desc,
+    value_desc,
     part_ptr,
     part_norm_ptr,
     length_ptr,
@@ -228,6 +264,7 @@ def context_kernel(
     window,
     kv_heads,
     parts,
+    BULK: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -243,6 +280,7 @@ def context_kernel(
     Rows of a tile are (beam, query head of the kv head). Grid: (tiles * parts, Hkv, B).
 
     Args:
+        key_desc: as in ``prompt_kernel``; value_desc and BULK likewise.
         part_ptr: float32 (parts, B * W, Hq, D), softmax-weighted values of the part alone.
         part_norm_ptr: float32 (parts, B * W, Hq), its log-sum-exp, base 2; -inf if it is empty.
         step: generated positions before this one.
@@ -283,13 +321,15 @@ def context_kernel(
     else:
         acc, peak, total = _attend(
             query, query_positions, low, full, length, acc, peak, total,
-            key_ptr, value_ptr, table_ptr, page_stride, scale, softcap, window,
+            key_ptr, value_ptr, key_desc, value_desc, tl.program_id(1), kv_heads,
+            table_ptr, page_stride, scale, softcap, window, BULK,
             False, False, HAS_WINDOW, HAS_SOFTCAP, PAGE_SIZE, DIM, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         full = tl.maximum(full, low)
     acc, peak, total = _attend(
         query, query_positions, full, high, length, acc, peak, total,
-        key_ptr, value_ptr, table_ptr, page_stride, scale, softcap, window,
+        key_ptr, value_ptr, key_desc, value_desc, tl.program_id(1), kv_heads,
+        table_ptr, page_stride, scale, softcap, window, False,
         True, False, HAS_WINDOW, HAS_SOFTCAP, PAGE_SIZE, DIM, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
     some = total > 0

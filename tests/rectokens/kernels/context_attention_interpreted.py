@@ -68,27 +68,34 @@ def prompts(results):
     cases = [([37, 1, 16], [0, 3, 48]), ([5], [70]), ([40], [0])]
     for number, (counts, cached) in enumerate(cases):
         for name, rule in RULES.items():
-            for page_size, dim, dtype in ((16, 16, torch.float32), (64, 24, torch.float16)):
+            for page_size, dim, dtype, cut_rows, bulk in (
+                (16, 16, torch.float32, 16, False),
+                (64, 24, torch.float16, 16, False),
+                (32, 16, torch.float16, 32, True),
+            ):
+                if bulk and rule.window is not None:
+                    continue  # all positions need a mask then
                 g = torch.Generator().manual_seed(number)
                 lengths = [a + b for a, b in zip(counts, cached, strict=True)]
                 keys, values, table = pages(g, lengths, 2, page_size, dim, dtype)
                 # Wider rows than heads, as slices of a fused projection are.
                 query = torch.randn(sum(counts), 4 * dim + 8, generator=g).to(dtype)
                 query = query[:, : 4 * dim].unflatten(1, (4, dim))
-                tiles = cut_into_tiles(counts, lengths, SMALL.rows)
+                tiles = cut_into_tiles(counts, lengths, cut_rows)
                 packed = PackedPrompts(
                     torch.tensor([0, *counts]).cumsum(0).int(),
                     torch.tensor(lengths).int(),
                     table,
                     torch.tensor([*tiles[0], -1]).int(),
                     torch.tensor([*tiles[1], 0]).int(),
-                    SMALL.rows,
+                    cut_rows,
                 )
                 out = query.new_empty(tuple(query.shape))
                 launch.launch_prompt(
                     query, keys, values, packed.tile_request, packed.tile_start,
                     packed.query_starts, packed.lengths, packed.page_table, out,
                     scale=rule.scale, window=rule.window, softcap=rule.softcap, tile=SMALL,
+                    cut_rows=cut_rows, bulk=bulk,
                 )  # fmt: skip
                 wanted = prompt_attention_reference(query, keys, values, packed, rule)
                 results[f"prompt/{number}/{name}/{page_size}"] = close(out, wanted)
@@ -97,7 +104,13 @@ def prompts(results):
 def beams(results):
     for lengths, width, parts in (([33, 0, 70], 7, 3), ([5], 1, 1), ([48], 20, 4)):
         for name, rule in RULES.items():
-            for page_size, dim, dtype in ((16, 16, torch.float32), (64, 24, torch.float16)):
+            for page_size, dim, dtype, bulk in (
+                (16, 16, torch.float32, False),
+                (64, 24, torch.float16, False),
+                (32, 16, torch.float16, True),
+            ):
+                if bulk and rule.window is not None:
+                    continue
                 for step in (0, 2):
                     g = torch.Generator().manual_seed(width)
                     keys, values, table = pages(g, lengths, 2, page_size, dim, dtype)
@@ -110,7 +123,7 @@ def beams(results):
                     arguments = (query, keys, values, torch.tensor(lengths).int(), table, *own)
                     found = launch.launch_beams(
                         *arguments, paths, step, scale=rule.scale, window=rule.window,
-                        softcap=rule.softcap, tile=SMALL, parts=parts,
+                        softcap=rule.softcap, tile=SMALL, parts=parts, bulk=bulk,
                     )  # fmt: skip
                     wanted = beam_attention_reference(*arguments, paths, step, rule)
                     key = f"beams/{len(lengths)}/{width}/{name}/{page_size}/{step}"

@@ -30,6 +30,9 @@ def code_of(kernel, tmp_path, dtype, constants, spilled=0, **options):
     def kind(name):
         if name in constants:
             return "constexpr"
+        if name.endswith("_desc"):
+            block = f"[{constants['BLOCK_N']}, {constants['DIM']}]"
+            return f"tensordesc<{TYPES[dtype]}{block}>" if constants["BULK"] else "*i8"
         if not name.endswith("_ptr"):
             return "fp32" if name in ("scale", "softcap") else "i32"
         stem = name.removesuffix("_ptr")
@@ -65,8 +68,9 @@ def cuobjdump(option, cubin):
     ).stdout
 
 
-def streaming(dim, tile, dtype, rule):
+def streaming(dim, tile, dtype, rule, bulk=False):
     return {
+        "BULK": bulk,
         "GROUP": 2,
         "HAS_WINDOW": "window" in rule,
         "HAS_SOFTCAP": "softcap" in rule,
@@ -97,6 +101,22 @@ def test_prompt(tmp_path, dtype, dim, rule):
     code = code_of(kernels.prompt_kernel, tmp_path, dtype, constants, spilled=128,
                    num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
     assert re.search("HG?MMA", code)
+
+
+@pytest.mark.parametrize("rows", [1024, 5000])
+def test_bulk_copies(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    dtype, device = torch.bfloat16, torch.device("cuda")
+    prompt = launch.prompt_tile_in_use(16, 128, rows, dtype, device, bulk=True)
+    assert launch.prompt_tile(128, dtype).rows % prompt.rows == 0
+    for kernel, tile in (
+        (kernels.prompt_kernel, prompt),
+        (kernels.context_kernel, launch.beam_tile(128, dtype)),
+    ):
+        code = code_of(kernel, tmp_path, dtype, streaming(128, tile, dtype, "", bulk=True),
+                       spilled=192, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+        assert "HGMMA" in code
+        assert "UTMALDG" in code
 
 
 @pytest.mark.parametrize(("dtype", "dim", "rule"), CASES)

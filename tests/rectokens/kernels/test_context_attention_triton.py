@@ -23,7 +23,7 @@ def results():
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(("prefix", "count"), [("prompt", 24), ("beams", 48)])
+@pytest.mark.parametrize(("prefix", "count"), [("prompt", 30), ("beams", 60)])
 def test_equal_to_the_definition(results, prefix, count):
     found = {name: right for name, right in results.items() if name.startswith(prefix)}
     assert len(found) == count

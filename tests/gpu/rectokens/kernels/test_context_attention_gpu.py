@@ -1,0 +1,98 @@
+"""Attention over pages on CUDA, by bulk copies and without: the definition's results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rectokens.kernels import context_attention_launch as launch
+from rectokens.ops.context_attention import (
+    PackedPrompts,
+    ScoreRule,
+    beam_attention,
+    beam_attention_reference,
+    cut_into_tiles,
+    prompt_attention,
+    prompt_attention_reference,
+    prompt_tile_rows,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+RULES = [ScoreRule(0.1), ScoreRule(0.1, softcap=3.0), ScoreRule(0.1, window=100)]
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+def pages(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Shuffled pages of 64 positions, NaN wherever no prompt is."""
+    counts = [-(-length // 64) for length in lengths]
+    total = sum(counts) + 2
+    order = torch.randperm(total)[: sum(counts)].int()
+    table = torch.full((len(lengths), max(counts)), 0, dtype=torch.int32)
+    pool = torch.full((2, total, kv_heads, 64, dim), float("nan"))
+    taken = 0
+    for request, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        own = order[taken : taken + count]
+        table[request, :count] = own
+        taken += count
+        rows = torch.full((2, kv_heads, count * 64, dim), float("nan"))
+        rows[:, :, :length] = torch.randn(2, kv_heads, length, dim)
+        pool[:, own.long()] = rows.view(2, kv_heads, count, 64, dim).transpose(1, 2)
+    keys, values = pool.to(DEVICE, dtype)
+    return keys, values, table.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("counts", "cached"),
+    [([300, 1, 64], [0, 63, 640]), ([1100], [0]), ([1900, 700], [0, 1]), ([5], [2000])],
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_prompts(
+    counts: list[int], cached: list[int], rule: ScoreRule, dtype: torch.dtype, dim: int
+) -> None:
+    heads, kv_heads = 8, 4
+    lengths = [a + b for a, b in zip(counts, cached, strict=True)]
+    keys, values, table = pages(lengths, kv_heads, dim, dtype)
+    query = torch.randn(sum(counts), (heads + 8) * dim, device=DEVICE).to(dtype)
+    query = query[:, : heads * dim].unflatten(1, (heads, dim))
+    rows = prompt_tile_rows(dim, dtype, DEVICE)
+    requests, starts = cut_into_tiles(counts, lengths, rows)
+    packed = PackedPrompts(
+        torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(),
+        torch.tensor(lengths, device=DEVICE).int(),
+        table,
+        torch.tensor([*requests, -1], device=DEVICE).int(),
+        torch.tensor([*starts, 0], device=DEVICE).int(),
+        rows,
+    )
+    wanted = prompt_attention_reference(query.float(), keys.float(), values.float(), packed, rule)
+    found = prompt_attention(query, keys, values, packed, rule)
+    assert torch.allclose(found.float(), wanted, rtol=0, atol=TOLERANCE[dtype])
+    bulk = launch.takes_bulk(dim, dtype, 64, launch.prompt_tile(dim, dtype), DEVICE)
+    assert bulk is (dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (9, 0))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("lengths", "width"), [([1000, 0, 70], 64), ([2049], 256), ([5], 3)])
+def test_beams(lengths: list[int], width: int, rule: ScoreRule, dtype: torch.dtype) -> None:
+    heads, kv_heads, dim, step = 8, 4, 128, 1
+    keys, values, table = pages([max(n, 1) for n in lengths], kv_heads, dim, dtype)
+    rows = len(lengths) * width
+    query = torch.randn(rows, heads, dim, device=DEVICE).to(dtype)
+    own = [torch.randn(2, rows, kv_heads, dim, device=DEVICE).to(dtype) for _ in "kv"]
+    paths = torch.randint(0, width, (len(lengths), width, 2), device=DEVICE).int()
+    paths[:, :, step] = torch.arange(width, device=DEVICE)
+    ends = torch.tensor(lengths, device=DEVICE).int()
+    wanted = beam_attention_reference(
+        query.float(), keys.float(), values.float(), ends, table,
+        *(side.float() for side in own), paths, step, rule,
+    )  # fmt: skip
+    found = beam_attention(query, keys, values, ends, table, *own, paths, step, rule)
+    assert torch.allclose(found.float(), wanted, rtol=0, atol=TOLERANCE[dtype])
