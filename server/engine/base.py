@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rectokens.decoding.device_prefixes import DevicePrefixes
 from rectokens.schemas.catalog_trie import CatalogTrie
@@ -82,7 +84,10 @@ class EngineBase:
         except torch.AcceleratorError:
             raise EngineBrokenError(str(error)) from error
 
-    def _prompt_fault(self, request: SearchRequest) -> EngineFault | None:
+    def _prompt_fault(
+        self, request: SearchRequest, tokens: NDArray[np.int64] | None = None
+    ) -> EngineFault | None:
+        """What is wrong with a prompt; ``tokens`` are its token ids, where they are at hand."""
         if request.prompt_length > self._max_prompt_tokens:
             return EngineFault(
                 f"prompt has {request.prompt_length} tokens; "
@@ -95,7 +100,10 @@ class EngineBase:
             return EngineFault(
                 f"prompt_embeds have hidden size {found}; the model's is {self._hidden_size}"
             )
-        low, high = min(request.prompt), max(request.prompt)
+        if tokens is not None:
+            low, high = int(tokens.min()), int(tokens.max())
+        else:
+            low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= self._vocab_size:
             return EngineFault(
                 f"prompt has token ids {low} to {high}; allowed are 0 to {self._vocab_size - 1}"

@@ -22,11 +22,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from server.engine.kv_pool import check_page_size, pages_for
 from server.engine.types import PrefixCacheStats
 
 _DIGEST_BYTES = 32
 _TOKEN_BYTES = array("q").itemsize
+
+TokenIds = Sequence[int] | NDArray[np.int64]
 
 
 class OutOfPagesError(RuntimeError):
@@ -145,13 +150,13 @@ class PrefixCache:
             page_tokens=self.page_size,
         )
 
-    def acquire(self, token_ids: Sequence[int], *, whole: bool = True) -> Lease:
+    def acquire(self, token_ids: TokenIds, *, whole: bool = True) -> Lease:
         """Pages for a prompt, the longest cached prefix of it included.
 
         The last position is never taken from the cache: its output is what the prompt is run for.
 
         Args:
-            token_ids: the prompt, (T,).
+            token_ids: the prompt, (T,); an array of int64 is read several times as fast.
             whole: whether there must be pages for all of it. False takes as many as there are.
 
         Raises:
@@ -225,8 +230,11 @@ class PrefixCache:
         for page in list(self._idle):
             self._forget(page)
 
-    def _digests(self, token_ids: Sequence[int]) -> tuple[bytes, ...]:
-        raw = memoryview(array("q", token_ids)).cast("B")
+    def _digests(self, token_ids: TokenIds) -> tuple[bytes, ...]:
+        if isinstance(token_ids, np.ndarray):
+            raw = token_ids.data.cast("B")
+        else:
+            raw = memoryview(array("q", token_ids)).cast("B")
         step = self.page_size * _TOKEN_BYTES
         digest = self._root
         digests = []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rectokens.decoding.device_beams import SearchAnswers, unpack_answers
@@ -21,7 +23,7 @@ from server.engine.base import LEFT, EngineBase
 from server.engine.device.buckets import Buckets, group_requests
 from server.engine.device.model import DeviceModel
 from server.engine.device.prompt_passes import DEFAULT_ROWS, PromptPasses
-from server.engine.device.prompt_rows import Ints, PromptSlice
+from server.engine.device.prompt_rows import PromptSlice
 from server.engine.device.searches import Searches
 from server.engine.device.timer import Timer
 from server.engine.kv_pool import pages_for
@@ -63,7 +65,7 @@ class DeviceBatch:
         faults: one a request of the batch, None for the sound ones.
         trie: the catalog.
         num_items: N of it.
-        tokens: int32 (T,) a sound request.
+        tokens: int64 (T,) a sound request; zeros where its prompt is embeddings.
     """
 
     requests: tuple[SearchRequest, ...]
@@ -71,7 +73,7 @@ class DeviceBatch:
     faults: tuple[EngineFault | None, ...]
     trie: CatalogTrie
     num_items: int
-    tokens: tuple[Ints, ...]
+    tokens: tuple[NDArray[np.int64], ...]
 
 
 class DeviceEngine(EngineBase):
@@ -153,8 +155,10 @@ class DeviceEngine(EngineBase):
             ValueError: a trie that does not fit the model, or a filter of another catalog.
         """
         self._check_trie(trie)
+        tokens = [_tokens_of(request) for request in requests]
         faults = tuple(
-            self._prompt_fault(request) or _width_fault(request.beam_width) for request in requests
+            self._prompt_fault(request, own) or _width_fault(request.beam_width)
+            for request, own in zip(requests, tokens, strict=True)
         )
         rows = tuple(row for row, fault in enumerate(faults) if fault is None)
         with self._copying():
@@ -167,10 +171,8 @@ class DeviceEngine(EngineBase):
             trie=trie,
             num_items=num_items,
             tokens=tuple(
-                np.asarray(r.prompt, dtype=np.int32)
-                if r.prompt_embeds is None
-                else np.zeros(r.prompt_length, dtype=np.int32)
-                for r in sound
+                np.zeros(r.prompt_length, dtype=np.int64) if own is None else own
+                for r, own in zip(sound, (tokens[row] for row in rows), strict=True)
             ),
         )
 
@@ -218,7 +220,10 @@ class DeviceEngine(EngineBase):
     ) -> tuple[list[Answer], list[int], tuple[float, float]]:
         """Answers, cached tokens and seconds of requests whose prompts fit the pool together."""
         requests = [batch.requests[place] for place in places]
-        prompts = [r.prompt if r.prompt_embeds is None else r.prompt_embeds for r in requests]
+        prompts: list[Any] = [
+            batch.tokens[place] if r.prompt_embeds is None else r.prompt_embeds
+            for r, place in zip(requests, places, strict=True)
+        ]
         try:
             leases = PromptLeases(self._cache, prompts, whole=True)
         except OutOfPagesError as why:
@@ -319,12 +324,22 @@ def _width_fault(beam_width: int) -> EngineFault | None:
     return EngineFault(f"beam_width is {beam_width}; searches on a GPU take up to {MAX_WIDTH}")
 
 
+def _tokens_of(request: SearchRequest) -> NDArray[np.int64] | None:
+    """The token ids of a prompt, read once; None for embeddings, and for ids beyond 64 bits."""
+    if request.prompt_embeds is not None:
+        return None
+    try:
+        return np.frombuffer(array("q", request.prompt), dtype=np.int64)
+    except OverflowError:
+        return None
+
+
 def _slice_of(
-    request: SearchRequest, tokens: Ints, cached: int, pages: Sequence[int]
+    request: SearchRequest, tokens: NDArray[np.int64], cached: int, pages: Sequence[int]
 ) -> PromptSlice:
     embeds = request.prompt_embeds
     return PromptSlice(
-        tokens=tokens[cached:],
+        tokens=tokens[cached:].astype(np.int32),
         start=cached,
         pages=np.asarray(pages, dtype=np.int32),
         is_end=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -272,3 +273,15 @@ def test_bad_sizes_are_refused() -> None:
         PrefixCache(0, 16)
     with pytest.raises(ValueError, match="the prompt is empty"):
         PrefixCache(1, 16).acquire([])
+
+
+def test_an_array_of_token_ids_is_the_same_prompt() -> None:
+    cache = PrefixCache(8, 16)
+    ids = list(range(40))
+    lease = cache.acquire(ids)
+    cache.commit(lease)
+    cache.release(lease)
+    again = cache.acquire(np.arange(40, dtype=np.int64))
+    assert again.cached_tokens == 32
+    cache.release(again)
+    assert cache.acquire(np.arange(1, 41, dtype=np.int64)).cached_tokens == 0
