@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.ray.asgi import HttpRequest, HttpResponse, ResponseStart
 from deploy.ray.autoscaling import BeamRowsPolicy
-from deploy.ray.config import ROUTER, ServeConfig, Variant
+from deploy.ray.config import ROUTER, Division, ServeConfig, Variant
 from deploy.ray.handles import ReplicaLostError
 from deploy.ray.replica import VariantServer, create_service_app
 from deploy.ray.router import create_router_app
@@ -39,21 +39,26 @@ _LOST = (
 )
 
 
-def build(args: ServeConfig) -> serve.Application:
+def build(args: ServeConfig | dict[str, Any]) -> serve.Application:
     """All deployments of one application.
 
+    Args:
+        args: what a Serve config file has under ``args``.
+
     Raises:
+        ValidationError: that is not a ``ServeConfig``.
         SettingsError: a variant's settings are not accepted.
         ValueError: a variant does not say what it serves.
     """
-    settings = {variant.name: variant.load_settings() for variant in args.variants}
+    config = ServeConfig.model_validate(args)
+    settings = {variant.name: variant.load_settings() for variant in config.variants}
     handles = {
         variant.name: _replicas(variant, settings[variant.name]).bind(
             variant.name, variant.model_dump()
         )
-        for variant in args.variants
+        for variant in config.variants
     }
-    return _routers(args, settings).bind(args.model_dump(), handles)
+    return _routers(config, settings).bind(config.model_dump(), handles)
 
 
 def _replicas(variant: Variant, settings: Settings) -> serve.Deployment:
@@ -158,12 +163,16 @@ class RouterReplica:
             return await _broadcast(handle, "metrics_page")
 
         app = create_router_app(self._config, settings, self._variants, router_pages)
-        self._metrics = app.state.metrics
+        self._state = app.state
         return app
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray calls this with another `user_config`, a ``Division``; the process stays."""
+        self._state.router.divide(Division.model_validate(user_config))
 
     async def metrics_page(self) -> tuple[str, str]:
         """Name of this router, and its metrics."""
-        return _own_replica(), self._metrics.render().decode()
+        return _own_replica(), self._state.metrics.render().decode()
 
 
 class RayVariant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -120,6 +121,33 @@ class RouterConfig(_Strict):
     attempts: int = Field(default=3, ge=1, le=10)
 
 
+class Division(_Strict):
+    """Which users go where: `user_config` of the router, which may change while it runs.
+
+    Attributes:
+        weights: of all variants, by name.
+        experiment: another name divides the users anew.
+    """
+
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e9)]]
+    experiment: str = Field(default="", max_length=256)
+
+    def check(self, variants: Iterable[str]) -> None:
+        """Refuse what does not fit the variants there are.
+
+        Raises:
+            ValueError: a variant is missing or unknown, or none has a weight above 0.
+        """
+        wanted = set(variants)
+        if self.weights.keys() != wanted:
+            raise ValueError(
+                f"weights are of {', '.join(sorted(self.weights)) or 'nothing'}; the variants are "
+                f"{', '.join(sorted(wanted))}"
+            )
+        if not any(weight > 0 for weight in self.weights.values()):
+            raise ValueError("no variant has a weight above 0")
+
+
 class ServeConfig(_Strict):
     """All of it: `args` of an application in a Serve config file.
 
@@ -142,6 +170,7 @@ class ServeConfig(_Strict):
         return self
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Of the variants, by name."""
-        return {variant.name: variant.weight for variant in self.variants}
+    def division(self) -> Division:
+        """Which users go where until the router is told another one."""
+        weights = {variant.name: variant.weight for variant in self.variants}
+        return Division(weights=weights, experiment=self.router.experiment)

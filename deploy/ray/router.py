@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter
 from starlette.responses import Response
 
 from deploy.ray.asgi import Headers, HttpRequest, HttpResponse, ResponseStart
-from deploy.ray.config import ServeConfig
+from deploy.ray.config import Division, ServeConfig
 from deploy.ray.handles import ReplicaLostError, VariantHandle
 from deploy.ray.merged_metrics import merge_metrics
 from deploy.ray.replica import REPLICA_HEADER, VARIANT_HEADER
@@ -98,6 +98,9 @@ class Router:
         config: of the deployment.
         variants: by name.
         metrics: told what happens.
+
+    Attributes:
+        division: which users go where now.
     """
 
     def __init__(
@@ -109,6 +112,16 @@ class Router:
         self._config = config
         self._variants = variants
         self._metrics = metrics
+        self.division = config.division
+
+    def divide(self, division: Division) -> None:
+        """Divide users another way from now on.
+
+        Raises:
+            ValueError: it does not fit the variants.
+        """
+        division.check(self._variants)
+        self.division = division
 
     def choose(self, headers: Mapping[str, str]) -> str:
         """The variant of a request: by its name, else its user, else the first.
@@ -126,7 +139,9 @@ class Router:
                 )
             chosen, by = name, "name"
         elif user := headers.get(router.user_header):
-            chosen, by = choose_variant(user, self._config.weights, router.experiment), "user"
+            division = self.division
+            chosen = choose_variant(user, division.weights, division.experiment)
+            by = "user"
         else:
             chosen, by = self._config.variants[0].name, "default"
         self._metrics.routed(chosen, by)
@@ -234,7 +249,7 @@ def create_router_app(
         router_pages: name and page of metrics of every router; None where this is the only one.
 
     Returns:
-        The app; ``app.state.metrics`` are its metrics.
+        The app; ``app.state.router`` is its router, ``app.state.metrics`` are its metrics.
     """
     metrics = RouterMetrics()
     router = Router(config, variants, metrics)
@@ -275,9 +290,9 @@ def create_router_app(
     async def ready(request: Request) -> Response:
         answers = await router.call_all(HttpRequest("GET", "/ready"))
         waiting = [
-            variant.name
-            for variant in config.variants
-            if variant.weight > 0 and not any(one.status == 200 for one in answers[variant.name])
+            name
+            for name, weight in router.division.weights.items()
+            if weight > 0 and not any(one.status == 200 for one in answers[name])
         ]
         if waiting:
             raise ServiceError(
@@ -314,6 +329,7 @@ def create_router_app(
         ("/metrics", all_metrics, ["GET"]),
     ):
         app.add_api_route(path, answer_with, methods=methods, response_model=None)
+    app.state.router = router
     app.state.metrics = metrics
     install_error_handlers(app, metrics)
 

@@ -25,9 +25,8 @@ import pyarrow.parquet as pq  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
 from ray import serve  # noqa: E402
+from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
-from deploy.ray.app import build  # noqa: E402
-from deploy.ray.config import ServeConfig  # noqa: E402
 from deploy.ray.encode import encode_on_ray  # noqa: E402
 from deploy.ray.encode_pieces import EncodeError, claim_folder, join_pieces, make_plan  # noqa: E402
 from rectokens.artifacts.tokenizer import load_tokenizer  # noqa: E402
@@ -110,37 +109,51 @@ class Scenario:
     def start(self) -> None:
         ray.init(num_cpus=16, include_dashboard=False, address="local", log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        common = {"num_gpus": 0, "num_cpus": 1}
-        config = ServeConfig.model_validate(
-            {
-                "router": {"replicas": 2, "experiment": "test"},
-                "variants": [
-                    {
-                        "name": "a",
-                        "weight": 3,
-                        "replicas": 2,
-                        "settings": {"store.path": str(self.folder / "a"), "cpu_threads": 1},
-                        **common,
-                    },
-                    {
-                        "name": "b",
-                        "weight": 1,
-                        "settings": {"store.path": str(self.folder / "b"), "cpu_threads": 1},
-                        "autoscaling": {
-                            "max_replicas": 2,
-                            "target_beam_rows": 20,
-                            "upscale_delay_s": 1,
-                            "look_back_s": 11,
-                        },
-                        **common,
-                    },
-                ],
-            }
+        self.deploy({"a": 3, "b": 1})
+        until(
+            lambda: {name: len(found) for name, found in self.ready().items()} == {"a": 2, "b": 1}
         )
-        serve.run(build(config), route_prefix="/", name="rectokens")
+
+    def deploy(self, weights: dict[str, float]) -> None:
+        """As ``serve deploy FILE`` does, which needs Ray's dashboard to hand the file over."""
+        common = {"num_gpus": 0, "num_cpus": 1}
+        variants = [
+            {
+                "name": "a",
+                "replicas": 2,
+                "settings": {"store.path": str(self.folder / "a"), "cpu_threads": 1},
+                **common,
+            },
+            {
+                "name": "b",
+                "settings": {"store.path": str(self.folder / "b"), "cpu_threads": 1},
+                "autoscaling": {
+                    "max_replicas": 2,
+                    "target_beam_rows": 20,
+                    "upscale_delay_s": 1,
+                    "look_back_s": 11,
+                },
+                **common,
+            },
+        ]
+        application = {
+            "name": "rectokens",
+            "route_prefix": "/",
+            "import_path": "deploy.ray.app:build",
+            "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
+            "args": {"router": {"replicas": 2}, "variants": variants},
+            "deployments": [
+                {"name": "router", "user_config": {"weights": weights, "experiment": "test"}}
+            ],
+        }
+        client = serve.context._get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
 
     def ready(self) -> dict[str, list[dict[str, Any]]]:
-        answer = self.client.get("/ready")
+        try:
+            answer = self.client.get("/ready")
+        except httpx.HTTPError:
+            return {"a": [], "b": []}
         return answer.json()["variants"] if answer.status_code == 200 else {"a": [], "b": []}
 
     def routing(self) -> dict[str, Any]:
@@ -156,6 +169,28 @@ class Scenario:
         no_user = self.client.post("/v1/recommend", json=BODY).headers["X-Variant"]
         unknown = self.client.post("/v1/recommend", json=BODY, headers={"X-Variant": "z"})
         return {"users": found, "no_user": no_user, "unknown": unknown.status_code}
+
+    def reweighing(self) -> dict[str, Any]:
+        """Other weights: users move, processes stay."""
+
+        def replicas() -> list[str]:
+            return sorted(one["replica"] for found in self.ready().values() for one in found)
+
+        before = replicas()
+        self.deploy({"a": 0, "b": 1})
+
+        def variants() -> set[str]:
+            return {
+                self.client.post(
+                    "/v1/recommend", json=BODY, headers={"X-User-ID": f"user-{number}"}
+                ).headers["X-Variant"]
+                for number in range(30)
+            }
+
+        until(lambda: variants() == {"b"})
+        self.deploy({"a": 3, "b": 1})
+        until(lambda: variants() == {"a", "b"})
+        return {"before": before, "after": replicas()}
 
     def surface(self) -> dict[str, Any]:
         lines = self.client.post(
@@ -315,6 +350,7 @@ def main(folder: Path) -> None:
         findings["start_s"] = round(time.monotonic() - started, 1)
         for name in (
             "routing",
+            "reweighing",
             "surface",
             "activation",
             "killed_replica",

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deploy.ray.config import ServeConfig, Variant
+from deploy.ray.config import ROUTER, Division, ServeConfig, Variant
 from server.settings import SettingsError
 
 ONE = {"name": "a", "settings": {"store.path": "/srv/store"}}
@@ -41,6 +41,19 @@ def test_what_was_accepted_is_accepted_again(variant: dict[str, Any]) -> None:
     """It travels to replicas as a dictionary, with all its defaults."""
     config = ServeConfig.model_validate({"variants": [variant]})
     assert ServeConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"a": 1}, "weights are of a; the variants are a, b"),
+        ({"a": 1, "b": 1, "c": 0}, "of a, b, c; the variants are a, b"),
+        ({"a": 0, "b": 0}, "above 0"),
+    ],
+)
+def test_a_division_names_every_variant(weights: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Division(weights=weights).check(["a", "b"])
 
 
 def test_settings_are_those_of_the_service() -> None:
@@ -79,7 +92,12 @@ def test_the_example_is_accepted() -> None:
     example = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
     (application,) = yaml.safe_load(example.read_text())["applications"]
     config = ServeConfig.model_validate(application["args"])
-    assert config.weights == {"control": 90, "candidate": 10}
+    names = [variant.name for variant in config.variants]
+    (router,) = application["deployments"]
+    assert router["name"] == ROUTER
+    division = Division.model_validate(router["user_config"])
+    division.check(names)
+    assert division.weights == {"control": 90, "candidate": 10}
     for variant in config.variants:
         assert variant.load_settings().store.path
     module, _, name = application["import_path"].partition(":")

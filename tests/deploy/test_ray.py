@@ -70,6 +70,12 @@ def test_users_keep_their_variant(findings: dict[str, Any]) -> None:
     assert routing["unknown"] == 422
 
 
+def test_other_weights_need_no_other_process(findings: dict[str, Any]) -> None:
+    reweighing = findings["reweighing"]
+    assert len(reweighing["before"]) == 3
+    assert reweighing["after"] == reweighing["before"]
+
+
 def test_the_service_is_all_there(findings: dict[str, Any]) -> None:
     surface = findings["surface"]
     assert surface["batch"] == [[index, 200] for index in range(5)]

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.ray.asgi import HttpRequest, HttpResponse, ResponseStart
-from deploy.ray.config import ServeConfig
+from deploy.ray.config import Division, ServeConfig
 from deploy.ray.handles import ReplicaLostError
 from deploy.ray.replica import VariantServer
 from deploy.ray.router import create_router_app
@@ -86,6 +86,7 @@ async def router(*variants: Any, **config: Any) -> AsyncIterator[httpx.AsyncClie
     app = create_router_app(parsed, settings, {one.name: one for one in variants})
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        client.router = app.state.router  # type: ignore[attr-defined]
         yield client
 
 
@@ -105,6 +106,17 @@ async def test_users_go_where_the_hash_says() -> None:
             user = f"user-{number}"
             answer = await client.post("/v1/recommend", json=BODY, headers={"x-user-id": user})
             assert answer.headers["x-variant"] == choose_variant(user, WEIGHTS, "e")
+
+
+async def test_users_are_divided_another_way_while_it_runs() -> None:
+    async with router(*map(FakeVariant, WEIGHTS)) as client:
+        client.router.divide(Division(weights={"a": 0, "b": 0, "dark": 1}))
+        answer = await client.post("/v1/recommend", json=BODY, headers={"x-user-id": "u"})
+        assert answer.headers["x-variant"] == "dark"
+        with pytest.raises(ValueError, match="the variants are a, b, dark"):
+            client.router.divide(Division(weights={"a": 1}))
+        answer = await client.post("/v1/recommend", json=BODY, headers={"x-user-id": "u"})
+        assert answer.headers["x-variant"] == "dark"
 
 
 async def test_a_name_goes_before_the_user_and_nobody_goes_to_the_first() -> None:
