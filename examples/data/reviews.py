@@ -103,6 +103,8 @@ class AmazonReviews:
 
     def _set_data(self, data: DemoData, seed: int) -> None:
         self.data = data
+        # Taken apart once, though several views ask for it.
+        self._behaviour: dict[tuple[float, int, int], Tensor] = {}
         self.item_ids = data.item_ids
         self.text = list(data.texts)
         self.x = torch.from_numpy(data.embeddings)
@@ -156,13 +158,16 @@ class AmazonReviews:
             raise ValueError(
                 f"behaviour_dims is {behaviour_dims}; allowed are 1 to {self.num_items}"
             )
-        return item_vectors(
-            self.data.embeddings,
-            self.leave_one_out.train,
-            behaviour_weight=behaviour_weight,
-            behaviour_dims=behaviour_dims,
-            seed=seed,
-        )
+        key = (behaviour_weight, behaviour_dims, seed)
+        if key not in self._behaviour:
+            self._behaviour[key] = item_vectors(
+                self.data.embeddings,
+                self.leave_one_out.train,
+                behaviour_weight=behaviour_weight,
+                behaviour_dims=behaviour_dims,
+                seed=seed,
+            )
+        return self._behaviour[key]
 
 
 def _histories(sequences: Sequence[Sequence[int]], split: Split) -> dict[str, dict[str, Any]]:

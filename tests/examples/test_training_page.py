@@ -68,6 +68,7 @@ def run_as_program(module, arguments, monkeypatch):
     for name in hidden:
         registry.pop(name)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

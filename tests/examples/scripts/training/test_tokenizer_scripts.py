@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,27 @@ def test_learnable_codebooks_and_the_profile(train, tmp_path):
     assert list((tmp_path / "out" / "profile").glob("*.json*"))
 
 
+def test_figures_go_to_weights_and_biases_on_request(train, monkeypatch):
+    class FakeWandb:
+        def __init__(self):
+            self.calls = []
+
+        def init(self, **options):
+            self.calls.append(("init", options["project"], options["config"]["num_levels"]))
+            return self
+
+        def log(self, figures):
+            self.calls.append(("log", figures["epoch"], "train/loss" in figures))
+
+        def finish(self):
+            self.calls.append(("finish",))
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train("rqvae", wandb_project="codes", log_every=2)
+    assert wandb.calls == [("init", "codes", 2), ("log", 2, True), ("log", 4, True), ("finish",)]
+
+
 def test_an_rqvae_learns(train, tmp_path):
     train("rqvae", num_epochs=60)
     losses = [float(row["value"]) for row in rows(tmp_path / "out") if row["name"] == "train/loss"]
@@ -130,7 +152,7 @@ def test_an_rqvae_learns(train, tmp_path):
 def test_bad_parameters_are_named_before_anything_is_fitted(
     train, tmp_path, monkeypatch, kind, options, message
 ):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=message):
         train(kind, **options)
     assert not list(tmp_path.glob("out/*.pt"))
