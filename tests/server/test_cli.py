@@ -44,12 +44,27 @@ def test_help_lists_every_setting_and_imports_no_torch():
         (["serve", "--port", "high"], {}, ["--port", "'high'"]),
         (["serve"], {"RECTOKENS_PROT": "1"}, ["RECTOKENS_PROT", "RECTOKENS_PORT"]),
         (["serve"], {"RECTOKENS_PORT": ""}, ["RECTOKENS_PORT", "''"]),
+        (
+            ["serve", "--store.path", "{tmp}", "--access.keys-file", "{tmp}/none", "--port", "0"],
+            {},
+            ["RECTOKENS_ACCESS__KEYS_FILE", "No such file"],
+        ),
+        (
+            ["serve", "--store.path", "{tmp}", "--port", "0"],
+            {"RECTOKENS_ADMIN__KEYS_FILE": __file__},
+            ["RECTOKENS_ADMIN__KEYS_FILE", "line 1"],
+        ),
+        (
+            ["serve", "--store.path", "s", "--access.requests-per-minute", "5"],
+            {},
+            ["RECTOKENS_ACCESS__REQUESTS_PER_MINUTE", "set RECTOKENS_ACCESS__KEYS_FILE"],
+        ),
         (["demo", "--model", "m"], {}, ["demo serves what it builds", "--model"]),
         (["demo", "--port", "high"], {}, ["--port", "'high'"]),
     ],
 )
-def test_a_bad_setting_stops_the_start_with_one_message(arguments, environment, parts):
-    result = run(*arguments, **environment)
+def test_a_bad_setting_stops_the_start_with_one_message(arguments, environment, parts, tmp_path):
+    result = run(*(one.format(tmp=tmp_path) for one in arguments), **environment)
     assert result.returncode == 2
     for part in parts:
         assert part in result.stderr
