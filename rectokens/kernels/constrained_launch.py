@@ -40,7 +40,10 @@ class LinearSettings:
         depth: hidden columns of a step of it; twice as many of 16 bits.
         pairs, pairs_hidden: tile of the dot products of other rows; half as wide of float32.
         ahead: steps of those that are loaded at a time.
+        few_bytes: of weight rows, read once for each row that has them as children, up to which no
+            tiles are made: dot products have the shorter way.
         programs: programs that fill the device a few times over.
+        fillers: programs that fill rows, one for each multiprocessor.
         fill: entries of a row filled at a time.
         registers: most a thread may have, so that more programs fit a multiprocessor.
     """
@@ -53,7 +56,9 @@ class LinearSettings:
     pairs: int = 16
     pairs_hidden: int = 256
     ahead: int = 4
+    few_bytes: int = 24 << 20
     programs: int = 1056
+    fillers: int = 132
     fill: int = 2048
     registers: int | None = None
     warps: int = 4
@@ -62,9 +67,18 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class SelectSettings:
-    """How children are chosen: ``block`` slots a program, the rest in further parts."""
+    """How children are chosen: ``block`` slots a program, the rest in further parts.
+
+    A warp takes ``warp`` of them; for at most ``few_best`` best ones ``warp_many`` where there are
+    at least ``many`` rows, which fill the device with fewer warps each, so that fewer of them wait
+    for one another. Draws would not fit their registers.
+    """
 
     block: int = 2048
+    warp: int = 256
+    warp_many: int = 1024
+    many: int = 2048
+    few_best: int = 64
 
 
 # Rows at one node with many children: large tiles of a product, each weight row read less often.
@@ -266,9 +280,13 @@ def _project(
     slots = min(settings.slots, max(16, triton.next_power_of_2(max_branches)))
     groups = triton.cdiv(num_rows, settings.group)
     parts = max(triton.cdiv(settings.programs, groups), triton.cdiv(max_branches, slots))
-    parts = max(settings.group // settings.few, min(parts, settings.programs))
+    # More than there are rows to list or runs of pairs have nothing to do.
+    useful = max(settings.group, triton.cdiv(settings.group * max_branches, settings.pairs))
+    parts = max(settings.group // settings.few, min(parts, useful, settings.programs))
+    fillers = 0 if fill is None else settings.fillers
+    gathered = num_rows * max_branches * hidden * b.element_size()
     with _on(a.device):
-        kernels.project_kernel[(parts * groups,)](
+        kernels.project_kernel[(fillers + parts * groups,)](
             a,
             b,
             b if bias is None else bias,
@@ -281,6 +299,8 @@ def _project(
             trie.cur_node,
             num_rows,
             parts,
+            fillers,
+            int(gathered > settings.few_bytes),
             trie.num_nodes,
             trie.edges.stride(0),
             a.stride(0),
@@ -372,11 +392,15 @@ def _choose(
     noise = valid_idxs if seed is None else seed
     width = triton.next_power_of_2(k)
     block = max(width, min(settings.block, triton.next_power_of_2(max_branches)), 16)
-    form: dict[str, Any] = {"DRAW": seed is not None, "K": width, "num_warps": _warps(block)}
+    best_of_many = seed is None and num_rows >= settings.many and width <= settings.few_best
+    a_warp = settings.warp_many if best_of_many else settings.warp
+    form: dict[str, Any] = {
+        "DRAW": seed is not None, "K": width, "num_warps": _warps(block, a_warp)
+    }  # fmt: skip
     inputs = (logits, next_node, valid_idxs, temperature)
     with _on(logits.device):
         if max_branches <= block:
-            kept = valid_idxs.new_empty((num_rows, width))
+            kept = valid_idxs.new_empty((num_rows, 2 * width))
             selection.select_kernel[(num_rows,)](
                 *inputs, noise, *outputs, kept, max_branches, k, stride, BLOCK=block, **form
             )
@@ -398,7 +422,7 @@ def _choose(
             parts = triton.cdiv(count, merged)
             best = keys.new_empty((num_rows, parts, width))
             selection.merge_kernel[(num_rows, parts)](
-                keys, best, count, K=width, BLOCK=merged, num_warps=_warps(merged)
+                keys, best, count, K=width, BLOCK=merged, num_warps=_warps(merged, settings.warp)
             )
             keys = best
         selection.emit_kernel[(num_rows,)](
@@ -407,8 +431,8 @@ def _choose(
     return outputs
 
 
-def _warps(block: int) -> int:
-    return max(1, min(8, block // 256))
+def _warps(block: int, a_warp: int) -> int:
+    return max(1, min(8, block // a_warp))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

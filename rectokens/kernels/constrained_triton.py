@@ -8,13 +8,13 @@ where they stand, so that the host never waits to know:
 
 - all at one node: its children's weight rows are gathered once for the group, and multiplied with
   the group's rows on tensor cores, tile by tile;
-- else: the pairs of a row and a child are counted through, and every program of the group takes
-  the same number of them, however unequal the rows' children are.
+- else, and where there are few pairs of a row and a child: pairs are counted through, and every
+  program of the group takes the same number of them, however unequal the rows' children are.
 
 `product_kernel` multiplies with all tokens, for nodes with a large share of them. Rows (B, V) are
-filled with -inf by the same programs that compute, so that memory and arithmetic overlap, and
-`place_kernel` puts the children in. Products of float32 are as exact as float32: three TF32
-products each. `constrained_launch` beside this chooses shapes and launches.
+filled with -inf by a program on each multiprocessor beside those that compute, so that memory and
+arithmetic overlap, and `place_kernel` puts the children in. Products of float32 are as exact as
+float32: three TF32 products each. `constrained_launch` beside this chooses shapes and launches.
 """
 
 from rectokens.kernels.optional_triton import tl, triton
@@ -99,15 +99,16 @@ def spread_kernel(source_ptr, out_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_
 
 
 @triton.jit
-def _fill(out_ptr, begin, end, BLOCK: tl.constexpr):
-    """-inf into out[begin:end]."""
+def _fill(out_ptr, size, part, parts, BLOCK: tl.constexpr):
+    """-inf into every `parts`-th block of out[:size], so that all write in one place at a time."""
     nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
-    whole = begin + (end - begin) // BLOCK * BLOCK
+    whole = size // BLOCK * BLOCK
     # Without a mask, so that stores are wide.
-    for start in range(begin, whole, BLOCK):
+    for start in range(part * BLOCK, whole, parts * BLOCK):
         tl.store(out_ptr + start + tl.arange(0, BLOCK), nothing)
-    place = whole + tl.arange(0, BLOCK)
-    tl.store(out_ptr + place, nothing, mask=place < end)
+    if part == 0:
+        place = whole + tl.arange(0, BLOCK)
+        tl.store(out_ptr + place, nothing, mask=place < size)
 
 
 @triton.jit
@@ -226,41 +227,55 @@ def _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs
            AHEAD, BLOCK_H)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts", "num_nodes", "max_branches"])
+@triton.jit
+def _alike(cur_node_ptr, rows, num_rows, together):
+    """Whether rows stand at one node and may be multiplied together, as a number."""
+    alike = together
+    if together > 0:
+        node = tl.load(cur_node_ptr + tl.minimum(rows, num_rows - 1))
+        alike = (tl.min(node, axis=0) == tl.max(node, axis=0)).to(tl.int32)
+    return alike
+
+
+@triton.jit(do_not_specialize=["num_rows", "parts", "fillers", "together", "num_nodes",
+                               "max_branches"])  # fmt: skip
 def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_ptr, row_ptrs_ptr,
-                   edges_ptr, cur_node_ptr, num_rows, parts, num_nodes, edge_stride, a_row, a_col,
-                   w_token, w_hidden, max_branches, width, HIDDEN: tl.constexpr,
-                   HAS_BIAS: tl.constexpr, FILL: tl.constexpr, GROUP: tl.constexpr,
-                   FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                   PAIRS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_H: tl.constexpr,
-                   BLOCK_IDS: tl.constexpr, BLOCK_FILL: tl.constexpr):  # fmt: skip
+                   edges_ptr, cur_node_ptr, num_rows, parts, fillers, together, num_nodes,
+                   edge_stride, a_row, a_col, w_token, w_hidden, max_branches, width,
+                   HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr, FILL: tl.constexpr,
+                   GROUP: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr,
+                   BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
+                   BLOCK_FILL: tl.constexpr):  # fmt: skip
     """One of the `parts` programs of a group of rows: children, nodes, fp32 logits, all (B, M).
 
-    FILL: also its share of -inf into the group's rows of `out` (B, width).
+    FILL: the first `fillers` programs write -inf into `out` (B, width) instead, one on every
+    multiprocessor while others compute there. `together`: 0 or 1, whether rows at one node are
+    multiplied as tiles.
     """
-    part = tl.program_id(0) % parts
-    begin = (tl.program_id(0) // parts).to(tl.int64) * GROUP
-    rows = begin + tl.arange(0, GROUP)
-    size = tl.minimum(num_rows - begin, GROUP)
-    if FILL:
-        share = tl.cdiv(tl.cdiv(size * width, parts), BLOCK_FILL) * BLOCK_FILL
-        low = begin * width + part * share
-        high = tl.minimum(low + share, (begin + size) * width)
-        _fill(out_ptr, low, tl.maximum(high, low), BLOCK_FILL)
-    node = tl.load(cur_node_ptr + tl.minimum(rows, num_rows - 1)).to(tl.int64)
-    if tl.min(node, axis=0) == tl.max(node, axis=0):
-        first, count = _edges(row_ptrs_ptr, tl.max(node, axis=0), num_nodes, max_branches)
-        _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count, begin,
-                    part, parts, size, max_branches, BLOCK_IDS)  # fmt: skip
-        # Offsets from the group's own rows fit 32 bits.
-        _tiles(a_ptr + begin * a_row, w_ptr, bias_ptr, logits_ptr + begin * max_branches,
-               edges_ptr + first, count, size, part, parts, a_row, a_col, w_token, w_hidden,
-               max_branches, HIDDEN, HAS_BIAS, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
+    number = tl.program_id(0) - fillers
+    if number < 0:
+        if FILL:
+            size = (tl.full((), 0, tl.int64) + num_rows) * width
+            _fill(out_ptr, size, tl.program_id(0).to(tl.int64), fillers, BLOCK_FILL)
     else:
-        _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_ptr,
-                   cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden,
-                   max_branches, begin, part, parts, HIDDEN, HAS_BIAS, GROUP // FEW, FEW, PAIRS,
-                   AHEAD, BLOCK_H, BLOCK_IDS)  # fmt: skip
+        part = number % parts
+        begin = (number // parts).to(tl.int64) * GROUP
+        if _alike(cur_node_ptr, begin + tl.arange(0, GROUP), num_rows, together) > 0:
+            size = tl.minimum(num_rows - begin, GROUP)
+            first, count = _edges(row_ptrs_ptr, tl.load(cur_node_ptr + begin), num_nodes,
+                                  max_branches)  # fmt: skip
+            _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count,
+                        begin, part, parts, size, max_branches, BLOCK_IDS)  # fmt: skip
+            # Offsets from the group's own rows fit 32 bits.
+            _tiles(a_ptr + begin * a_row, w_ptr, bias_ptr, logits_ptr + begin * max_branches,
+                   edges_ptr + first, count, size, part, parts, a_row, a_col, w_token, w_hidden,
+                   max_branches, HIDDEN, HAS_BIAS, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
+        else:
+            _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr,
+                       edges_ptr, cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col,
+                       w_token, w_hidden, max_branches, begin, part, parts, HIDDEN, HAS_BIAS,
+                       GROUP // FEW, FEW, PAIRS, AHEAD, BLOCK_H, BLOCK_IDS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_nodes", "max_branches"])

@@ -159,12 +159,40 @@ def _threshold(values, live, wanted, lowest: tl.constexpr):
 
 
 @triton.jit
-def _largest(keys, kept_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The K largest of [BLOCK] keys that differ, descending; `kept` (K,) is this program's own.
+def _gathered(keys, taken, kept_ptr, ROOM: tl.constexpr):
+    """Keys where `taken`, at most ROOM, as a tensor of that size by way of `kept` (ROOM,)."""
+    place = tl.arange(0, ROOM)
+    tl.store(kept_ptr + place, tl.full((ROOM,), _NO_KEY, tl.int64))
+    tl.debug_barrier()
+    tl.store(kept_ptr + tl.cumsum(taken.to(tl.int32), axis=0) - 1, keys, mask=taken)
+    tl.debug_barrier()
+    return tl.load(kept_ptr + place)
+
+
+@triton.jit
+def _reaching(keys, live, upper, K: tl.constexpr):
+    """Which of the keys are the K largest of those that live, all where there are fewer.
 
     A threshold is searched for on the upper halves of the keys, then on the lower halves of those
-    that are equal in the upper ones, if not all of them are wanted; what reaches it is gathered and
-    sorted.
+    that are equal in the upper ones, if not all of them are wanted.
+    """
+    least = _threshold(upper, live, K, _INT_MIN)
+    taken = live & (upper > least)
+    equal = live & (upper == least)
+    left = K - tl.sum(taken.to(tl.int32), axis=0)
+    if tl.sum(equal.to(tl.int32), axis=0) > left:
+        # Unsigned order is signed order with the highest bit turned.
+        lower = (keys & 0xFFFFFFFF).to(tl.int32) ^ _INT_MIN
+        equal = equal & (lower >= _threshold(lower, equal, left, _INT_MIN))
+    return taken | equal
+
+
+@triton.jit
+def _largest(keys, kept_ptr, K: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):
+    """The K largest of [BLOCK] keys that differ, descending; `kept` (ROOM,) is this program's own.
+
+    With ROOM for twice as many, a threshold of the largest keys of 4 K groups comes first: K groups
+    reach it, and few of their other keys do. Where too many do, or there is no room, an exact one.
     """
     if K == 1:
         best = tl.zeros((1,), tl.int64) + tl.max(keys, axis=0)
@@ -175,21 +203,17 @@ def _largest(keys, kept_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
     else:
         live = keys != _NO_KEY
         upper = (keys >> 32).to(tl.int32)
-        least = _threshold(upper, live, K, _INT_MIN)
-        taken = live & (upper > least)
-        equal = live & (upper == least)
-        left = K - tl.sum(taken.to(tl.int32), axis=0)
-        if tl.sum(equal.to(tl.int32), axis=0) > left:
-            # Unsigned order is signed order with the highest bit turned.
-            lower = (keys & 0xFFFFFFFF).to(tl.int32) ^ _INT_MIN
-            equal = equal & (lower >= _threshold(lower, equal, left, _INT_MIN))
-        taken = taken | equal
-        place = tl.arange(0, K)
-        tl.store(kept_ptr + place, tl.full((K,), _NO_KEY, tl.int64))
-        tl.debug_barrier()
-        tl.store(kept_ptr + tl.cumsum(taken.to(tl.int32), axis=0) - 1, keys, mask=taken)
-        tl.debug_barrier()
-        best = tl.sort(tl.load(kept_ptr + place), descending=True)
+        if ROOM >= 2 * K and BLOCK >= 16 * K:
+            heads = tl.reshape(tl.where(live, upper, _INT_MIN), (4 * K, BLOCK // (4 * K)),
+                               can_reorder=True)  # fmt: skip
+            heads = tl.max(heads, axis=1)
+            near = live & (upper >= _threshold(heads, heads > _INT_MIN, K, _INT_MIN))
+            if tl.sum(near.to(tl.int32), axis=0) > ROOM:
+                near = _reaching(keys, live, upper, K)
+            best = tl.topk(_gathered(keys, near, kept_ptr, ROOM), K)
+        else:
+            taken = _reaching(keys, live, upper, K)
+            best = tl.sort(_gathered(keys, taken, kept_ptr, K), descending=True)
     return best
 
 
@@ -232,7 +256,7 @@ def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, ou
         best = _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr)
     else:
         keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW)
-        best = _largest(keys, kept_ptr + row * K, K, BLOCK)
+        best = _largest(keys, kept_ptr + row * 2 * K, K, 2 * K, BLOCK)
     _emit(best, row, peak, log_sum, temperature, logits_ptr, next_ptr, valid_ptr, out_logits_ptr,
           out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k, K)  # fmt: skip
 
@@ -276,7 +300,7 @@ def part_kernel(logits_ptr, valid_ptr, temperature_ptr, seed_ptr, stats_ptr, key
     peak = tl.load(stats_ptr + row * 2)
     keys = _keys(_clean(logit, live), live, peak, slot, token, row, temperature, seed_ptr, DRAW)
     out_at = keys_ptr + (row * tl.num_programs(1) + part) * K
-    best = _largest(keys, out_at, K, BLOCK)
+    best = _largest(keys, out_at, K, K, BLOCK)
     # Every thread has read what was gathered there.
     tl.debug_barrier()
     tl.store(out_at + tl.arange(0, K), best)
@@ -290,7 +314,7 @@ def merge_kernel(keys_ptr, out_ptr, count, K: tl.constexpr, BLOCK: tl.constexpr)
     place = part * BLOCK + tl.arange(0, BLOCK)
     keys = tl.load(keys_ptr + row * count + place, mask=place < count, other=_NO_KEY)
     out_at = out_ptr + (row * tl.num_programs(1) + part) * K
-    best = _largest(keys, out_at, K, BLOCK)
+    best = _largest(keys, out_at, K, K, BLOCK)
     # Every thread has read what was gathered there.
     tl.debug_barrier()
     tl.store(out_at + tl.arange(0, K), best)

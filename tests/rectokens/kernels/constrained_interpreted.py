@@ -118,11 +118,20 @@ def compare(name, shape, vocab, rows, step, kind, dtype, seed, settings, k=3, he
 
 
 SMALL = launch.LinearSettings(
-    group=4, few=2, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32
+    group=4, few=2, slots=16, pairs=4, pairs_hidden=16, programs=8, fillers=5, fill=32
 )
 FORMS = {
     "gather and shared": launch.LinearSettings(
-        product_share=2.0, group=4, few=2, slots=16, pairs=4, pairs_hidden=16, programs=8, fill=32
+        product_share=2.0,
+        group=4,
+        few=2,
+        slots=16,
+        pairs=4,
+        pairs_hidden=16,
+        few_bytes=-1,
+        programs=8,
+        fillers=3,
+        fill=32,
     ),
     "product": launch.LinearSettings(product_share=0.0),
     "chosen": SMALL,

@@ -137,7 +137,6 @@ def test_spread(tmp_path, dtype):
         (False, 1, 2048, 8),
         (True, 1, 2048, 8),
         (False, 64, 2048, 8),
-        (False, 64, 2048, 4),
         (False, 64, 2048, 2),
         (True, 64, 2048, 8),
         (False, 512, 512, 2),

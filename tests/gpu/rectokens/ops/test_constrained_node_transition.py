@@ -101,6 +101,25 @@ def test_linear(shape, dtype, rows, place, hidden, vocab, plain):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "children"), [(37, 2000), (300, 200), (1030, 1100)])
+def test_rows_at_one_node_are_multiplied_as_tiles(dtype, rows, children):
+    """Enough rows and children that no dot products are made one by one."""
+    g = torch.Generator().manual_seed(rows)
+    vocab, hidden = 9001, 256
+    tokens = torch.randperm(vocab, generator=g)[:children].sort().values
+    trie = CompactCSRTrie.from_sorted_batch(tokens.unsqueeze(1), vocab, 1)
+    node = torch.zeros(rows, dtype=torch.long)
+    tables = (trie.row_ptrs, trie.stacked_cols_vals, node, trie.layer_max_branches[0])
+    args = layer(rows, hidden, vocab, dtype, g)
+    wanted = kernels.linear(*args, *tables)
+    poison()
+    got = kernels.linear(*device_layer(*args), *on_gpu(tables))
+    assert torch.equal(got[0].cpu(), wanted[0])
+    assert torch.equal(got[1].cpu(), wanted[1])
+    torch.testing.assert_close(got[2].cpu(), wanted[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("rows", "place"), [(1, "root"), (65, "any"), (129, "root")])
 @pytest.mark.parametrize("k", [1, 5, 50, 512, 700])
