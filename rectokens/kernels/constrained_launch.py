@@ -43,7 +43,7 @@ class LinearSettings:
         few_bytes: of weight rows, read once for each row that has them as children, up to which no
             tiles are made: dot products have the shorter way.
         programs: programs that fill the device a few times over.
-        fillers: programs that fill rows, one for each multiprocessor.
+        fillers: programs that fill rows, two for each multiprocessor.
         fill: entries of a row filled at a time.
         registers: most a thread may have, so that more programs fit a multiprocessor.
     """
@@ -58,7 +58,7 @@ class LinearSettings:
     ahead: int = 4
     few_bytes: int = 24 << 20
     programs: int = 1056
-    fillers: int = 132
+    fillers: int = 264
     fill: int = 2048
     registers: int | None = None
     warps: int = 4
@@ -67,18 +67,11 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class SelectSettings:
-    """How children are chosen: ``block`` slots a program, the rest in further parts.
-
-    A warp takes ``warp`` of them; for at most ``few_best`` best ones ``warp_many`` where there are
-    at least ``many`` rows, which fill the device with fewer warps each, so that fewer of them wait
-    for one another. Draws would not fit their registers.
-    """
+    """How children are chosen: ``block`` slots a program, ``warp`` of them a warp; the rest of a
+    longer row in further parts."""
 
     block: int = 2048
     warp: int = 256
-    warp_many: int = 1024
-    many: int = 2048
-    few_best: int = 64
 
 
 # Rows at one node with many children: large tiles of a product, each weight row read less often.
@@ -392,10 +385,8 @@ def _choose(
     noise = valid_idxs if seed is None else seed
     width = triton.next_power_of_2(k)
     block = max(width, min(settings.block, triton.next_power_of_2(max_branches)), 16)
-    best_of_many = seed is None and num_rows >= settings.many and width <= settings.few_best
-    a_warp = settings.warp_many if best_of_many else settings.warp
     form: dict[str, Any] = {
-        "DRAW": seed is not None, "K": width, "num_warps": _warps(block, a_warp)
+        "DRAW": seed is not None, "K": width, "num_warps": _warps(block, settings.warp)
     }  # fmt: skip
     inputs = (logits, next_node, valid_idxs, temperature)
     with _on(logits.device):

@@ -12,7 +12,7 @@ where they stand, so that the host never waits to know:
   program of the group takes the same number of them, however unequal the rows' children are.
 
 `product_kernel` multiplies with all tokens, for nodes with a large share of them. Rows (B, V) are
-filled with -inf by a program on each multiprocessor beside those that compute, so that memory and
+filled with -inf by programs of their own beside those that compute, so that memory and
 arithmetic overlap, and `place_kernel` puts the children in. Products of float32 are as exact as
 float32: three TF32 products each. `constrained_launch` beside this chooses shapes and launches.
 """
@@ -249,7 +249,7 @@ def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_
                    BLOCK_FILL: tl.constexpr):  # fmt: skip
     """One of the `parts` programs of a group of rows: children, nodes, fp32 logits, all (B, M).
 
-    FILL: the first `fillers` programs write -inf into `out` (B, width) instead, one on every
+    FILL: the first `fillers` programs write -inf into `out` (B, width) instead, on every
     multiprocessor while others compute there. `together`: 0 or 1, whether rows at one node are
     multiplied as tiles.
     """
