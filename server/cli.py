@@ -68,7 +68,7 @@ def serve(flags: dict[str, Any]) -> None:
 @setting_flags(proxy_fields())
 def proxy(flags: dict[str, Any]) -> None:
     """Send prompts as compressed embeddings: --upstream URL --model DIR [--catalog DIR], or
-    --store.path DIR_OR_URL for the model and the catalog that are active in a store at the start.
+    --store.path DIR_OR_URL for the model and the catalog that are active in a store.
 
     Takes OpenAI's completions and chats; holds the model's tokenizer and its input embeddings,
     not the model. With a catalog, prompts may name items as <item:ID>.

@@ -39,7 +39,7 @@ def setting_flags(
 def proxy_fields() -> dict[SettingField, Sequence[str]]:
     """Settings that the proxy heeds as a process of its own; ``--proxy.name`` is ``--name`` too."""
     shared = {"model", "catalog", "host", "port", "log_level", "drain_timeout_s", "tracing"}
-    shared |= {"store.path", "store.cache", "limits.body_timeout_s"}
+    shared |= {"store.path", "store.cache", "store.poll_s", "limits.body_timeout_s"}
     fields: dict[SettingField, Sequence[str]] = {}
     for field in setting_fields():
         if field.group == "proxy":

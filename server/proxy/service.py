@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,27 +29,36 @@ _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ProxyParts:
+    """What of a proxy belongs to one model and one catalog.
+
+    Attributes:
+        prompts: text and chats to token ids.
+        encoder: token ids to ``prompt_embeds``.
+    """
+
+    prompts: ProxyPrompts
+    encoder: EmbedsEncoder
+
+
 class Proxy:
     """Turns prompts into embeddings and sends them on.
 
     Args:
         settings: of the proxy.
-        prompts: text and chats to token ids.
-        encoder: token ids to ``prompt_embeds``.
+        parts: of the model and the catalog that it begins with.
 
     Raises:
         ProxyError: no usable upstream.
     """
 
-    def __init__(
-        self, settings: ProxySettings, prompts: ProxyPrompts, encoder: EmbedsEncoder
-    ) -> None:
+    def __init__(self, settings: ProxySettings, parts: ProxyParts) -> None:
         self.settings = settings
         self.metrics = ProxyMetrics()
         self.metrics.in_flight.set_function(lambda: self._in_flight)
         self.upstream = Upstream(settings, self.metrics.upstream_answered)
-        self._prompts = prompts
-        self._encoder = encoder
+        self._parts = parts
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         self._in_flight = 0
         self._draining = False
@@ -58,7 +68,11 @@ class Proxy:
     @property
     def hidden_size(self) -> int:
         """H of the embeddings that are sent."""
-        return self._encoder.table.hidden_size
+        return self._parts.encoder.table.hidden_size
+
+    def replace(self, parts: ProxyParts) -> None:
+        """Encode with another model or catalog from the next request on; from any thread."""
+        self._parts = parts
 
     def require_running(self) -> None:
         """Raise if the proxy is shutting down.
@@ -103,11 +117,12 @@ class Proxy:
             ServiceError: 422, a prompt that cannot be encoded.
         """
         body = dict(request.rest)
+        parts = self._parts  # the same for all of a request
         if isinstance(request.prompt, Chat):
-            ids = self._prompts.chat(request.prompt.messages, request.prompt.options)
-            (body["prompt_embeds"],) = self._encode([ids], ["messages"])
+            ids = parts.prompts.chat(request.prompt.messages, request.prompt.options)
+            (body["prompt_embeds"],) = self._encode(parts.encoder, [ids], ["messages"])
         elif request.prompt is not None:
-            data = self._encode(*self._token_ids(request.prompt))
+            data = self._encode(parts.encoder, *_token_ids(parts.prompts, request.prompt))
             body["prompt_embeds"] = data if request.prompt.as_list else data[0]
         return orjson.dumps(body)
 
@@ -132,17 +147,9 @@ class Proxy:
         self._pool.shutdown(wait=False, cancel_futures=True)
         await self.upstream.close()
 
-    def _token_ids(self, given: TextsOrIds) -> tuple[list[Sequence[int]], list[str]]:
-        params = [f"prompt.{i}" if given.as_list else "prompt" for i in range(len(given.prompts))]
-        ids = [
-            self._prompts.completion(one, param, add_special_tokens=given.add_special_tokens)
-            if isinstance(one, str)
-            else one
-            for one, param in zip(given.prompts, params, strict=True)
-        ]
-        return ids, params
-
-    def _encode(self, prompts: Sequence[Sequence[int]], params: Sequence[str]) -> list[str]:
+    def _encode(
+        self, encoder: EmbedsEncoder, prompts: Sequence[Sequence[int]], params: Sequence[str]
+    ) -> list[str]:
         tokens, limit = sum(map(len, prompts)), self.settings.max_prompt_tokens
         if tokens > limit:
             raise ServiceError(
@@ -153,7 +160,7 @@ class Proxy:
         encoded: list[EncodedPrompt] = []
         for ids, param in zip(prompts, params, strict=True):
             try:
-                encoded.append(self._encoder.encode(ids))
+                encoded.append(encoder.encode(ids))
             except ValueError as error:
                 raise invalid(param, str(error)) from error
         for one in encoded:
@@ -161,16 +168,36 @@ class Proxy:
         return [one.data for one in encoded]
 
 
+def _token_ids(prompts: ProxyPrompts, given: TextsOrIds) -> tuple[list[Sequence[int]], list[str]]:
+    params = [f"prompt.{i}" if given.as_list else "prompt" for i in range(len(given.prompts))]
+    ids = [
+        prompts.completion(one, param, add_special_tokens=given.add_special_tokens)
+        if isinstance(one, str)
+        else one
+        for one, param in zip(given.prompts, params, strict=True)
+    ]
+    return ids, params
+
+
 def load_proxy(settings: Settings, model: Path | None, catalog: Path | None) -> Proxy:
-    """A proxy, ready for its first prompt.
+    """A proxy, ready for its first prompt; see :func:`load_parts`.
+
+    Raises:
+        ProxyError: the upstream, the model or the catalog cannot be used.
+    """
+    return Proxy(settings.proxy, load_parts(settings.proxy, model, catalog))
+
+
+def load_parts(proxy: ProxySettings, model: Path | None, catalog: Path | None) -> ProxyParts:
+    """What a proxy needs of a model and a catalog.
 
     Args:
-        settings: ``settings.proxy`` counts.
+        proxy: the settings.
         model: folder with the tokenizer and the embeddings.
         catalog: folder of the catalog whose items prompts may name, or None.
 
     Raises:
-        ProxyError: the upstream, the model or the catalog cannot be used.
+        ProxyError: the model or the catalog cannot be used.
     """
     # Here, because transformers takes seconds that a refused setting should not cost.
     from transformers.utils import logging as transformers_logging
@@ -180,7 +207,6 @@ def load_proxy(settings: Settings, model: Path | None, catalog: Path | None) -> 
         raise ProxyError("there is no model to embed prompts with; give --model")
     if not (model / "config.json").is_file():
         raise ProxyError(f"{model} is no model folder: it has no config.json")
-    proxy = settings.proxy
     encoder = EmbedsEncoder(
         open_embedding_table(model),
         proxy.embedding_compression,
@@ -188,11 +214,11 @@ def load_proxy(settings: Settings, model: Path | None, catalog: Path | None) -> 
         proxy.encoded_table_mib << 20,
     )
     encoder.warm_up()
-    loaded = Proxy(proxy, load_prompts(model, catalog), encoder)
+    parts = ProxyParts(load_prompts(model, catalog), encoder)
     _log.info(
         "proxy ready",
-        hidden_size=loaded.hidden_size,
+        hidden_size=encoder.table.hidden_size,
         compression=proxy.embedding_compression,
         bits=proxy.embedding_bits if proxy.embedding_compression != "none" else None,
     )
-    return loaded
+    return parts

@@ -275,7 +275,7 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
     """
     from server.proxy.app import create_proxy_app
     from server.proxy.encoder import EmbedsEncoder
-    from server.proxy.service import Proxy
+    from server.proxy.service import Proxy, ProxyParts
     from server.settings import load_settings
 
     table, prompts = parts
@@ -296,7 +296,7 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
                 chosen.embedding_bits,
                 chosen.encoded_table_mib << 20,
             )
-            proxy = Proxy(chosen, prompts[catalog], encoder)
+            proxy = Proxy(chosen, ProxyParts(prompts[catalog], encoder))
             base = await stack.enter_async_context(serving(create_proxy_app(settings, proxy)))
             client = await stack.enter_async_context(
                 httpx.AsyncClient(base_url=base, timeout=30, limits=httpx.Limits())

@@ -1,0 +1,110 @@
+"""A proxy on a store has what is active in it, as the servers behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+
+import pytest
+import torch
+
+from rectokens.artifacts.open_store import open_release_store
+from rectokens.catalog.artifact import save_catalog
+from rectokens.catalog.build import build_catalog
+from server.errors import ServiceError
+from server.proxy.errors import ProxyError
+from server.proxy.following import ProxyFollower
+from server.proxy.requests import ProxyRequest, TextsOrIds
+from server.proxy.service import load_proxy
+from server.settings import load_settings
+
+
+@pytest.fixture
+def releases(store, tmp_path):
+    """A store with one release, which is active."""
+    root = tmp_path / "store"
+    shutil.copytree(store.model.parent, root / "models")
+    shutil.copytree(store.catalog.parent, root / "catalogs")
+    releases = open_release_store(root)
+    releases.activate(releases.bind(store.model.name, store.catalog.name))
+    return releases
+
+
+@pytest.fixture
+def settings(releases):
+    return load_settings(
+        {
+            "proxy.upstream": "http://x",
+            "store.path": str(releases.local.root),
+            "store.poll_s": "0.02",
+        }
+    )
+
+
+def activate_items(releases, *names):
+    """A catalog of other items, with the model that is active; its folder."""
+    opened = releases.open_active()
+    catalog = build_catalog(
+        names,
+        torch.tensor([[0, 0, i] for i in range(len(names))]),
+        codebook_size=4,
+        tokenizer_fingerprint="ab" * 32,
+    )
+    saved = save_catalog(releases.local.root / "catalogs", catalog)
+    releases.activate(releases.bind(opened.model_version, saved.name))
+    return saved
+
+
+def takes(proxy, item):
+    """Whether a prompt may name this item."""
+    prompt = TextsOrIds((f"<item:{item}>",), as_list=False, add_special_tokens=True)
+    request = ProxyRequest(rest={}, prompt=prompt, stream=False)
+    try:
+        proxy.upstream_body(request)
+    except ServiceError:
+        return False
+    return True
+
+
+async def test_new_items_can_be_named_once_their_catalog_is_active(releases, settings):
+    follower = ProxyFollower(settings, releases)
+    proxy = load_proxy(settings, *follower.first())
+    assert [takes(proxy, one) for one in ("B001", "new")] == [True, False]
+    assert follower.look(proxy) is False
+
+    activate_items(releases, "new")
+    assert follower.look(proxy) is True
+    assert [takes(proxy, one) for one in ("B001", "new")] == [False, True]
+    assert follower.look(proxy) is False
+
+    releases.rollback()
+    assert follower.look(proxy) is True
+    assert [takes(proxy, one) for one in ("B001", "new")] == [True, False]
+
+
+async def test_what_is_damaged_is_left_alone_and_tried_again(releases, settings):
+    follower = ProxyFollower(settings, releases)
+    proxy = load_proxy(settings, *follower.first())
+    (file,) = activate_items(releases, "new").glob("*.parquet")
+    content = file.read_bytes()
+    file.write_bytes(b"x")
+    for _ in range(2):
+        with pytest.raises((ProxyError, ValueError)):
+            follower.look(proxy)
+        assert takes(proxy, "B001")
+    file.write_bytes(content)
+    assert follower.look(proxy) is True
+    assert takes(proxy, "new")
+
+
+async def test_it_looks_by_itself_until_it_is_told_to_stop(releases, settings):
+    follower = ProxyFollower(settings, releases)
+    proxy = load_proxy(settings, *follower.first())
+    with follower.following(proxy):
+        activate_items(releases, "new")
+        async with asyncio.timeout(30):
+            while not takes(proxy, "new"):
+                await asyncio.sleep(0.02)
+    releases.rollback()
+    await asyncio.sleep(0.2)
+    assert takes(proxy, "new")
