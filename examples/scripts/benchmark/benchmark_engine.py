@@ -43,6 +43,7 @@ from server.engine.device.engine import DeviceOptions
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.types import BatchOutcome, SearchEngine
+from server.heap import pass_over_imports
 
 COLUMNS = ("context", "batch", "beam", "levels", "median_ms", "p90_ms", "prefill_ms", "decode_ms",
            "constraint_ms", "peak_mb", "floor_ms", "model")  # fmt: skip
@@ -372,6 +373,7 @@ def main(
     if model not in MODELS:
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
     console = Console(width=160)
+    pass_over_imports()  # as the service does
     kind = getattr(torch, dtype)
     lm, tokens, trie = build(model, device, kind, levels, codebook_size, items)
     sizes, counts = (sorted(map(int, text.split(","))) for text in (contexts, batches))
