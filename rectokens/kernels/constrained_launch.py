@@ -43,7 +43,8 @@ class LinearSettings:
         few_bytes: of weight rows, read once for each row that has them as children, up to which no
             tiles are made: dot products have the shorter way.
         programs: programs that fill the device a few times over.
-        fillers: programs that fill rows, two for each multiprocessor.
+        fillers: programs that fill rows, which also are in the way of those that compute;
+            ``fillers_many`` for more than ``many_bytes``.
         fill: entries of a row filled at a time.
         registers: most a thread may have, so that more programs fit a multiprocessor.
     """
@@ -58,7 +59,9 @@ class LinearSettings:
     ahead: int = 4
     few_bytes: int = 24 << 20
     programs: int = 1056
-    fillers: int = 264
+    fillers: int = 66
+    fillers_many: int = 396
+    many_bytes: int = 256 << 20
     fill: int = 2048
     registers: int | None = None
     warps: int = 4
@@ -276,7 +279,7 @@ def _project(
     # More than there are rows to list or runs of pairs have nothing to do.
     useful = max(settings.group, triton.cdiv(settings.group * max_branches, settings.pairs))
     parts = max(settings.group // settings.few, min(parts, useful, settings.programs))
-    fillers = 0 if fill is None else settings.fillers
+    fillers = 0 if fill is None else _fillers(fill, settings)
     gathered = num_rows * max_branches * hidden * b.element_size()
     with _on(a.device):
         kernels.project_kernel[(fillers + parts * groups,)](
@@ -321,6 +324,11 @@ def _project(
             maxnreg=settings.registers,
         )
     return next_node, valid_idxs, logits
+
+
+def _fillers(fill: Tensor, settings: LinearSettings) -> int:
+    many = fill.numel() * fill.element_size() > settings.many_bytes
+    return settings.fillers_many if many else settings.fillers
 
 
 def _grid_rows(num_rows: int) -> Iterator[tuple[int, int]]:
