@@ -49,9 +49,9 @@ class StepSettings:
     warp: int = 128
     programs: int = 264
     waves: int = 2
-    part: int = 1024
-    most_parts: int = 8
-    part_warp: int = 256
+    part: int = 256
+    most_parts: int = 32
+    part_warp: int = 64
     direct: int = 2048
     pairs_a_copy: int = 1 << 15
     copies: int = 16

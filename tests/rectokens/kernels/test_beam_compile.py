@@ -68,13 +68,15 @@ def test_score_of_whole_rows(tmp_path, rows, block, warps, compact):
              BLOCK=block, LEVEL_BLOCK=1024 // rows, **SIZES)  # fmt: skip
 
 
-@pytest.mark.parametrize(("parts", "block", "warps"), [(1, 1024, 8), (8, 128, 1)])
-def test_score_of_cut_rows(tmp_path, parts, block, warps):
+@pytest.mark.parametrize(
+    ("parts", "block", "warps", "stats_block"), [(1, 1024, 8, 4096), (32, 128, 1, 256)]
+)
+def test_score_of_cut_rows(tmp_path, parts, block, warps, stats_block):
     forms = {"BELOW": 1, "COMPACT": False, "HAS_LEVEL": False, "PARTS": parts}
     compile_(kernels.score_kernel, tmp_path, warps=warps, HAS_VOCAB=False, COUNT=True, ROWS=1,
              BLOCK=block, LEVEL_BLOCK=1024, **forms, **SIZES)  # fmt: skip
-    compile_(kernels.stats_kernel, tmp_path, warps=4 if parts > 1 else 16,
-             BLOCK=1024 if parts > 1 else 4096, **forms)  # fmt: skip
+    compile_(kernels.stats_kernel, tmp_path, warps=min(16, stats_block // 64), BLOCK=stats_block,
+             **forms)  # fmt: skip
 
 
 def test_selection(tmp_path):
