@@ -50,7 +50,7 @@ class StepSettings:
     programs: int = 264
     waves: int = 2
     part: int = 256
-    most_parts: int = 32
+    most_parts: int = 16
     part_warp: int = 64
     direct: int = 2048
     pairs_a_copy: int = 1 << 15

@@ -69,7 +69,7 @@ def test_score_of_whole_rows(tmp_path, rows, block, warps, compact):
 
 
 @pytest.mark.parametrize(
-    ("parts", "block", "warps", "stats_block"), [(1, 1024, 8, 4096), (32, 128, 1, 256)]
+    ("parts", "block", "warps", "stats_block"), [(1, 1024, 8, 4096), (16, 128, 1, 512)]
 )
 def test_score_of_cut_rows(tmp_path, parts, block, warps, stats_block):
     forms = {"BELOW": 1, "COMPACT": False, "HAS_LEVEL": False, "PARTS": parts}
