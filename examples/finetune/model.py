@@ -134,13 +134,14 @@ def train_item_rows_only(model: Any, first: int) -> None:
         weight.register_hook(item_rows)
 
 
-def with_adapters(model: Any, settings: LoraSettings, first: int, rows: int) -> Any:
+def with_adapters(model: Any, settings: LoraSettings, first: int, rows: int, seed: int) -> Any:
     """The model with adapters, to be merged by ``merge_and_unload`` after training.
 
     Args:
         model: a causal LM.
         settings: of the adapters.
         first, rows: item tokens, whose embedding rows are trained themselves.
+        seed: of the adapters' first weights.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -156,4 +157,6 @@ def with_adapters(model: Any, settings: LoraSettings, first: int, rows: int) -> 
         trainable_token_indices={name.rsplit(".", 1)[-1]: list(range(first, rows))},
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)

@@ -169,7 +169,8 @@ def train(
         train_item_rows_only(model, tokenizer.original_vocab_size)
     trained = model
     if lora.rank:
-        trained = with_adapters(model, lora, tokenizer.original_vocab_size, tokenizer.vocab_size)
+        first, rows = tokenizer.original_vocab_size, tokenizer.vocab_size
+        trained = with_adapters(model, lora, first, rows, seed)
 
     judge = None
     if evaluation is not None and items is not None:

@@ -98,7 +98,11 @@ def test_it_ends_in_a_model_and_a_release_that_asks_as_it_was_trained(finetune, 
     assert "| precomputed_path | " in card
 
 
-def test_stopped_and_continued(finetune, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_stopped_and_continued(finetune, tmp_path, monkeypatch, rank):
+    config = tmp_path / "lora.gin"
+    config.write_text(f"LoraSettings.rank = {rank}\n")
+    load_config(config)
     straight = weights(finetune(output_dir=str(tmp_path / "straight")))
     original = FinetuneTrainer.training_step
     steps = iter(range(1000))
@@ -154,7 +158,7 @@ def test_adapters_are_merged_into_an_ordinary_model(finetune, world, tmp_path):
     assert after.keys() == plain.state_dict().keys()
     tokenizer = ItemAwareTokenizer.from_pretrained(final)
     first, rows = tokenizer.original_vocab_size, tokenizer.vocab_size
-    assert "lora" in repr(with_adapters(plain.model, LoraSettings(rank=4), first, rows)).lower()
+    assert "lora" in repr(with_adapters(plain.model, LoraSettings(rank=4), first, rows, 0)).lower()
     assert list((tmp_path / "out" / "store" / "releases").iterdir())
 
 
