@@ -11,6 +11,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.ray.asgi import HttpRequest, HttpResponse, ResponseStart
 from deploy.ray.autoscaling import BeamRowsPolicy
@@ -18,6 +20,7 @@ from deploy.ray.config import ROUTER, Division, ServeConfig, Variant
 from deploy.ray.handles import ReplicaLostError
 from deploy.ray.replica import VariantServer, create_service_app
 from deploy.ray.router import create_router_app
+from server.api.middleware import REQUEST_ID_HEADER
 from server.logs import configure_logging
 from server.settings import Settings
 
@@ -163,6 +166,7 @@ class RouterReplica:
             return await _broadcast(handle, "metrics_page")
 
         app = create_router_app(self._config, settings, self._variants, router_pages)
+        app.add_middleware(WithoutRequestId)
         self._state = app.state
         return app
 
@@ -173,6 +177,27 @@ class RouterReplica:
     async def metrics_page(self) -> tuple[str, str]:
         """Name of this router, and its metrics."""
         return _own_replica(), self._state.metrics.render().decode()
+
+
+class WithoutRequestId:
+    """Leaves the header out of answers: Ray's proxy adds it, and clients would see it twice.
+
+    Args:
+        app: what is left without it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID_HEADER]
+            await send(message)
+
+        await self._app(scope, receive, send_without)
 
 
 class RayVariant:

@@ -197,8 +197,10 @@ class Scenario:
             "/v1/recommend/batch", json={"requests": [BODY] * 5}
         ).text.splitlines()
         bad = self.client.post("/v1/recommend", json={"historie": []})
+        named = self.client.post("/v1/recommend", json=BODY, headers={"X-Request-ID": "mine-1"})
         page = self.client.get("/metrics").text
         return {
+            "request_id": named.headers.get_list("X-Request-ID"),
             "batch": sorted(
                 (json.loads(line)["index"], json.loads(line)["status"]) for line in lines
             ),

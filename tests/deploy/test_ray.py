@@ -80,6 +80,7 @@ def test_the_service_is_all_there(findings: dict[str, Any]) -> None:
     surface = findings["surface"]
     assert surface["batch"] == [[index, 200] for index in range(5)]
     assert surface["bad"] == [422, "invalid_value", True]
+    assert surface["request_id"] == ["mine-1"]
     assert surface["admin"] == 404
     assert {name: len(found) for name, found in surface["ready"].items()} == {"a": 2, "b": 1}
     told = {f"{name}/{one}" for name, found in surface["ready"].items() for one in found}
