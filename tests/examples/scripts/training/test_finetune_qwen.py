@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import gin
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,12 @@ from rectokens.integrations.hf import ItemAwareCausalLM, ItemAwareTokenizer
 from rectokens.tokenizers.fitting import RQKMeansSettings, fit_rq_kmeans
 from server.release import load_release
 from server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_configuration():
+    yield
+    gin.clear_config()
 
 
 @pytest.fixture
