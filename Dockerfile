@@ -25,11 +25,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/tmp \
     XDG_CACHE_HOME=/cache \
     TRITON_CACHE_DIR=/cache/triton \
-    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
     RECTOKENS_HOST=0.0.0.0 \
     RECTOKENS_PORT=8000
 WORKDIR /tmp
-VOLUME ["/store", "/cache"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # The first start on a GPU compiles kernels and captures searches.

@@ -114,6 +114,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     subprocess.run([*compose, "down", "-v"], capture_output=True, timeout=200, check=False)
     try:
         run("up", "demo")
+        # podman-compose does not say so where it failed.
+        code = podman("inspect", "--format", "{{.State.ExitCode}}", f"{PROJECT}-demo").strip()
+        assert code == "0", podman("logs", "--tail", "20", f"{PROJECT}-demo")
         # The order that depends_on gives; its conditions are waited for here.
         run("up", "-d", "redis", "server-cpu")
         until(lambda: httpx.get(f"{SERVER}/ready").status_code == 200, "the server is ready")
