@@ -75,6 +75,8 @@ class Run:
         )
         self.code, self.log = result.returncode, result.stderr
         assert "Traceback" not in self.log, self.log
+        # Shown where a test fails.
+        print(self.log)
 
     def rows(self, part: str) -> list[dict[str, str]]:
         with (self.folder / f"x_{part}.csv").open() as file:
