@@ -37,9 +37,13 @@ _log = structlog.get_logger(__name__)
 # Bounds of Retry-After where the recent rate says less or more, in seconds.
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 
-# Batches differ and the rate is an estimate: whoever would only just make it is refused, rather
-# than let in to wait for a 504.
-_WAIT_MARGIN = 1.15
+# The rate is that of the past, and more load makes it worse: refusals, waiting callers and other
+# processes take their share. Who is let in has to make it even where the queue moves half as
+# fast; whoever would only just make it is refused, rather than let in to wait for a 504. It costs
+# no throughput: an engine works as well off a queue of half a deadline as off one of a whole.
+_QUEUE_MARGIN = 2.0
+# Of the batch of one's own.
+_BATCH_MARGIN = 1.15
 
 _DEAD_MESSAGE = "the engine has stopped working"
 _STOPPING_MESSAGE = "the service is shutting down"
@@ -170,12 +174,13 @@ class Batcher:
                     retry_after_s=self._retry_after(max(surplus, 0) + self._running_rows, now),
                 )
             ahead = held_rows + self._running_rows
-            wait_s = self._wait_s(ahead, now)
-            if wait_s is not None and now + wait_s * _WAIT_MARGIN >= deadline_s:
+            drained_s = self._drained_s(ahead, now)
+            if drained_s is not None and now + self._latest_s(drained_s, now) >= deadline_s:
                 raise ServiceError(
                     ErrorKind.DEADLINE_UNREACHABLE,
-                    f"requests already waiting need about {wait_s * 1000:.0f} ms; this request "
-                    f"has {max(deadline_s - now, 0) * 1000:.0f} ms left",
+                    f"requests already waiting need about {drained_s * 1000:.0f} ms, up to "
+                    f"{_QUEUE_MARGIN:g} times that if the load goes on; this request has "
+                    f"{max(deadline_s - now, 0) * 1000:.0f} ms left",
                     param="timeout_ms",
                     retry_after_s=self._retry_after(ahead, now),
                 )
@@ -225,13 +230,14 @@ class Batcher:
         if queued is not None and not queued.answer.done():
             queued.answer.cancel()
 
-    def _wait_s(self, beam_rows: int, now_s: float) -> float | None:
-        """Time until an answer behind so many rows, None where nothing is known or ahead."""
-        if beam_rows == 0:
-            return None
-        drained_s = self._throughput.seconds_for(beam_rows, now_s)
+    def _drained_s(self, beam_rows: int, now_s: float) -> float | None:
+        """Time until so many rows are through, None where nothing is known or ahead."""
+        return self._throughput.seconds_for(beam_rows, now_s) if beam_rows else None
+
+    def _latest_s(self, drained_s: float, now_s: float) -> float:
+        """Time that an answer may take to whoever is behind that; both margins included."""
         # The request's own batch comes after those of the others.
-        return None if drained_s is None else drained_s + self._throughput.batch_seconds(now_s)
+        return drained_s * _QUEUE_MARGIN + self._throughput.batch_seconds(now_s) * _BATCH_MARGIN
 
     def _refuse_if_ended(self) -> None:
         if self._stopping:

@@ -416,6 +416,21 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(make_b
     await asyncio.gather(head, *tasks)
 
 
+async def test_who_is_let_in_makes_it_at_half_the_rate_too(make_batcher, release):
+    batcher = make_batcher()
+    release.engine.on_search = lambda requests: time.sleep(0.1)
+    await ask(batcher, release, search(beam_width=10))  # about 100 rows a second
+    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=300)])
+    # Three seconds of work are ahead.
+    with pytest.raises(ServiceError) as error:
+        batcher.admit(10, time.monotonic() + 4.5)
+    assert error.value.kind is ErrorKind.DEADLINE_UNREACHABLE
+    with batcher.admit(10, time.monotonic() + 9):
+        pass
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)
+
+
 async def test_batches_whose_callers_gave_up_tell_how_slow_the_engine_is(make_batcher, release):
     """Or an overloaded service would go on letting in whom it cannot answer."""
     batcher, engine = make_batcher(), release.engine
