@@ -110,6 +110,9 @@ def bounded_protocol(
             self._head_timer: asyncio.TimerHandle | None = None
             self._write_timer: asyncio.TimerHandle | None = None
             self._head_bytes = 0
+            # Bytes read while a request is under way, since the last that made up a head or a body.
+            self._ahead_bytes = 0
+            self._heads_and_bodies = 0
             self._refused = False
             # Requests whose answer is under way or waited for, before the latest.
             self._earlier: list[Any] = []
@@ -141,8 +144,12 @@ def bounded_protocol(
             if self._refused or self.transport.is_closing():
                 return
             self._stop_silent_timer()
+            before = self._heads_and_bodies
             super().data_received(data)
-            if self._refused or self._in_request():
+            if self._refused:
+                return
+            if self._in_request():
+                self._bound_what_is_ahead(len(data), self._heads_and_bodies > before)
                 return
             if self._head_timer is None:
                 self._head_timer = self.loop.call_later(limits.head_timeout_s, self._head_is_late)
@@ -158,7 +165,13 @@ def bounded_protocol(
             """Called by httptools only, which reads on while a request is under way."""
             if not _is_over(self.cycle):
                 self._earlier.append(self.cycle)
+            self._heads_and_bodies += 1
             super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            """Called by httptools only."""
+            self._heads_and_bodies += 1
+            super().on_body(body)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -190,6 +203,9 @@ def bounded_protocol(
         def resume_writing(self) -> None:
             super().resume_writing()
             self._stop_write_timer()
+            if self.transport.is_closing():
+                # Some of it is still to be read, and nothing will be written to tell of it again.
+                self.close_in_time()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(ErrorKind.BAD_REQUEST, "this is not an HTTP/1.1 request")
@@ -204,6 +220,21 @@ def bounded_protocol(
             if self._of_two_lengths():
                 self.cycle.keep_alive = False
             return True
+
+        def _bound_what_is_ahead(self, num_bytes: int, made_up_something: bool) -> None:
+            """Refuse a next head, or trailers of this request's body, that do not end.
+
+            h11 reads no next head before its turn, and bounds trailers by itself.
+            """
+            if made_up_something or not hasattr(base, "on_body"):
+                self._ahead_bytes = 0
+                return
+            self._ahead_bytes += num_bytes
+            if self._ahead_bytes > MAX_HEAD_BYTES:
+                self._refuse(
+                    ErrorKind.HEAD_TOO_LARGE,
+                    f"what follows the request has over {MAX_HEAD_BYTES} bytes of headers",
+                )
 
         def _of_two_lengths(self) -> bool:
             """Whether a proxy may have seen another end of this request than we do.

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from unittest.mock import MagicMock
 
 import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from server.connections import (
     MAX_HEAD_BYTES,
@@ -301,6 +303,49 @@ def test_a_head_without_end_is_refused(base):
         refused = {"reason": "head_too_large"}
         server.wait_for(lambda: server.value("rectokens_rejected_total", **refused) == 1)
         server.wait_for(lambda: server.value("rectokens_connections") == 0)
+
+
+@pytest.mark.parametrize("base", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET /held HTTP/1.1\r\nHost: x\r\n\r\nGET /small HTTP/1.1\r\nX: ",
+        b"POST /small HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+    ],
+    ids=["next head", "trailer"],
+)
+def test_headers_without_end_behind_a_request_that_is_under_way_are_not_held(base, beginning):
+    with serve(base) as server, server.open(beginning, timeout=1.0) as connection:
+        sent = 0
+        # Until nobody reads on, or the connection is closed.
+        with suppress(TimeoutError, ConnectionError):
+            while sent < LARGE_BYTES:
+                connection.sendall(b"x" * 65_536)
+                sent += 65_536
+        assert sent < LARGE_BYTES
+
+
+@pytest.mark.parametrize("base", IMPLEMENTATIONS)
+async def test_who_stops_reading_shortly_before_the_end_is_cut_off(base):
+    """When the rest is so little that writing might go on, but nothing more is to be written."""
+    limits = ConnectionLimits(HttpSettings(write_timeout_s=0.05), HttpMetrics("rectokens"), 10)
+    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none")
+    config.load()
+    protocol = bounded_protocol(limits, base)(config, ServerState(), {})
+    transport = MagicMock(spec=asyncio.Transport)
+    transport.is_closing.return_value = False
+    transport.get_extra_info.return_value = None
+    protocol.connection_made(transport)
+    protocol.pause_writing()
+    protocol.close_in_time()
+    transport.is_closing.return_value = True
+    protocol.resume_writing()
+    for _ in range(200):
+        await asyncio.sleep(0.01)
+        if transport.abort.called:
+            break
+    assert transport.abort.called
+    protocol.connection_lost(None)
 
 
 @pytest.mark.parametrize("base", IMPLEMENTATIONS)
