@@ -53,6 +53,11 @@ class SettingsError(ValueError):
     """A setting that is unknown or has a bad value; the message is all a user needs."""
 
 
+def _same_file(one: Path | None, other: Path | None) -> bool:
+    """Whether two settings name one file, however they spell it."""
+    return one is not None and other is not None and one.resolve() == other.resolve()
+
+
 class Settings(BaseSettings):
     """All settings of the service.
 
@@ -157,7 +162,7 @@ class Settings(BaseSettings):
                 f"{env_name('access.requests_per_minute')} is {access.requests_per_minute}, but "
                 f"there are no callers to tell apart; set {env_name('access.keys_file')}"
             )
-        if access.keys_file is not None and access.keys_file == self.admin.keys_file:
+        if _same_file(access.keys_file, self.admin.keys_file):
             raise ValueError(
                 f"{env_name('access.keys_file')} and {env_name('admin.keys_file')} are both "
                 f"{access.keys_file}; callers would be operators"

@@ -124,9 +124,10 @@ async def recommend_batch(body: RecommendBatchRequest, request: Request) -> Resp
     service.require_release()
     limits = service.settings.limits
     check_count("requests", body.requests, limits.max_bulk_requests)
-    charge(request, len(body.requests) - 1)
     held = ExitStack()
     held.enter_context(service.bulk.stream())
+    # Here, because a call that finds no room has cost nothing.
+    charge(request, len(body.requests) - 1)
 
     async def close() -> None:
         held.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
@@ -125,6 +127,11 @@ def test_settings_that_would_mean_nothing_stop_the_start(keys_file):
     same = {"access.keys_file": str(keys_file), "admin.keys_file": str(keys_file)}
     with pytest.raises(SettingsError, match="callers would be operators"):
         load_settings(same)
+    link = keys_file.with_name("link")
+    link.symlink_to(keys_file)
+    for spelling in (link, keys_file.parent / ".." / keys_file.parent.name / keys_file.name):
+        with pytest.raises(SettingsError, match="callers would be operators"):
+            load_settings({**same, "admin.keys_file": str(spelling)})
 
 
 async def test_a_key_is_looked_at_before_the_body_is_read(start_app, dummy, keys_file):
@@ -181,6 +188,30 @@ async def test_a_call_that_carries_many_requests_counts_as_many(start_app, dummy
     refused = await recommend(running, bearer(key))
     assert code(refused) == (429, "rate_limited")
     assert 1_200 <= int(refused.headers["Retry-After"]) <= 1_860  # one a minute, 10 at once
+
+
+async def test_a_call_that_finds_no_room_counts_as_one(start_app, dummy, keys_file):
+    key, engine = new_key(), dummy.DummyEngine()
+    write(keys_file, entry("shop", key))
+    running = await start_app(
+        dummy.make_release(engine),
+        access__keys_file=str(keys_file),
+        access__requests_per_minute="60",
+        batching__max_bulk_streams=1,
+    )
+
+    async def batch(count: int):
+        body = {"requests": [{"history": ["B001"]}] * count}
+        return await running.client.post("/v1/recommend/batch", json=body, headers=bearer(key))
+
+    engine.gate.clear()
+    first = asyncio.create_task(batch(1))
+    await asyncio.to_thread(engine.wait_for_batches, 1)
+    assert code(await batch(500)) == (429, "overloaded")
+    engine.gate.set()
+    assert (await first).status_code == 200
+    assert await running.metric('rectokens_caller_requests_total{caller="shop"}') == 2
+    assert (await recommend(running, bearer(key))).status_code == 200
 
 
 async def test_prompts_of_a_completion_count_each(start_app, dummy, keys_file):
