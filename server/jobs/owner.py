@@ -11,6 +11,7 @@ import psutil
 
 # Of /proc/PID/stat, counted from 1: clock ticks from the machine's start to the process's.
 _START_FIELD = 22
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # The clock has 100 ticks a second at least.
 _SAME_S = 0.02
 
@@ -92,9 +93,16 @@ def process_is_gone(pid: int) -> bool:
 
 
 def _host() -> str:
-    """Name of the host and, where there are such, of the space of process ids (containers)."""
+    """Name of the host since its start and, where there are such, of the space of process ids.
+
+    Times are counted from the start of the machine, so those of an earlier one say nothing.
+    """
     try:
         space = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         space = 0
-    return f"{socket.gethostname()}/{space}"
+    try:
+        boot = _BOOT_ID.read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{space}/{boot}"

@@ -41,6 +41,20 @@ def test_a_later_process_of_the_same_id_is_another_one():
     assert not dataclasses.replace(owner, host="elsewhere", started=0.0).is_dead
 
 
+def test_nothing_is_certain_of_a_process_from_before_the_machine_started_again(
+    monkeypatch, tmp_path
+):
+    boot_id = tmp_path / "boot_id"
+    boot_id.write_text("first\n")
+    monkeypatch.setattr("server.jobs.owner._BOOT_ID", boot_id)
+    owner = Owner.this_process()
+    assert owner.is_here
+    boot_id.write_text("second\n")
+    # Another process may have the same id, and have begun as long after the start.
+    assert not owner.is_here
+    assert not owner.is_dead
+
+
 def test_a_process_that_ended_is_dead():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     owner = dataclasses.replace(Owner.this_process(), pid=child.pid, started=started_s(child.pid))
