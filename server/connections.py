@@ -146,9 +146,7 @@ def bounded_protocol(
             self._stop_silent_timer()
             before = self._heads_and_bodies
             super().data_received(data)
-            if self._refused:
-                return
-            if self._in_request():
+            if self._refused or self._in_request():
                 self._bound_what_is_ahead(len(data), self._heads_and_bodies > before)
                 return
             if self._head_timer is None:
@@ -226,6 +224,8 @@ def bounded_protocol(
 
             h11 reads no next head before its turn, and bounds trailers by itself.
             """
+            if self._refused:
+                return
             if made_up_something or not hasattr(base, "on_body"):
                 self._ahead_bytes = 0
                 return
