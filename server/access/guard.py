@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastapi import Depends, Request
@@ -160,6 +160,12 @@ def documented_key(settings: Settings) -> list[Any]:
 def set_caller(scope_state: dict[str, object], caller: Caller) -> None:
     """Remember in a request's state who makes it."""
     scope_state[_CALLER] = caller
+
+
+def log_fields(scope_state: Mapping[str, object]) -> Mapping[str, str]:
+    """What log lines tell of who makes a request; nothing where no key was asked for."""
+    caller = scope_state.get(_CALLER)
+    return {"caller": caller.name} if isinstance(caller, Caller) else {}
 
 
 def charge(request: Request, cost: int) -> None:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.guard import ApiKeys
+from server.access.guard import ApiKeys, log_fields
 from server.access.middleware import ApiKeyMiddleware
 from server.api.responses import error_response
 from server.errors import INTERNAL_MESSAGE, ErrorKind
@@ -117,12 +117,14 @@ class RequestContextMiddleware:
             await send(message)
 
         started = time.monotonic()
+        # What is below leaves there who makes the request.
+        scope.setdefault("state", {})
         fields = self._spans.began(request_id)
         with structlog.contextvars.bound_contextvars(request_id=request_id, **fields):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception:
-                _log.exception("unexpected error")
+                _log.exception("unexpected error", **log_fields(scope["state"]))
                 self._metrics.rejected(ErrorKind.INTERNAL)
                 if status is None:
                     response = error_response(ErrorKind.INTERNAL, INTERNAL_MESSAGE)
@@ -133,7 +135,11 @@ class RequestContextMiddleware:
                 # No status: the task was cancelled, because the server ended.
                 self._metrics.request_finished(route, status or 499, seconds)
                 _log.debug(
-                    "request", route=route, status=status, duration_ms=round(seconds * 1000, 2)
+                    "request",
+                    route=route,
+                    status=status,
+                    duration_ms=round(seconds * 1000, 2),
+                    **log_fields(scope["state"]),
                 )
 
 

@@ -6,6 +6,8 @@ import asyncio
 
 import httpx
 import pytest
+import structlog
+from structlog.contextvars import merge_contextvars
 
 from server.access.guard import ApiKeys
 from server.access.keys import ApiKey, digest_of, new_key
@@ -188,6 +190,25 @@ async def test_a_call_that_carries_many_requests_counts_as_many(start_app, dummy
     refused = await recommend(running, bearer(key))
     assert code(refused) == (429, "rate_limited")
     assert 1_200 <= int(refused.headers["Retry-After"]) <= 1_860  # one a minute, 10 at once
+
+
+async def test_every_log_line_of_a_request_has_its_caller(start_app, dummy, keys_file):
+    key, engine = new_key(), dummy.DummyEngine()
+    write(keys_file, entry("shop", key))
+    running = await start_app(dummy.make_release(engine), access__keys_file=str(keys_file))
+
+    def fail(requests):
+        raise ValueError("a batch that cannot be run")
+
+    engine.on_search = fail
+    with structlog.testing.capture_logs(processors=[merge_contextvars]) as lines:
+        failed = await recommend(running, bearer(key))
+        unknown = await running.client.get("/v1/nothing", headers=bearer(key))
+    assert (failed.status_code, unknown.status_code) == (500, 404)
+    own = {answer.headers["X-Request-ID"] for answer in (failed, unknown)}
+    told = [line for line in lines if line.get("request_id") in own]
+    assert {line["event"] for line in told} >= {"request"}
+    assert {line.get("caller") for line in told} == {"shop"}
 
 
 async def test_a_call_that_finds_no_room_counts_as_one(start_app, dummy, keys_file):
