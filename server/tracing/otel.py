@@ -1,6 +1,8 @@
 """Spans by OpenTelemetry: one for each request, below it one for each search and its phases.
 
-Spans hold numbers, versions and the request's id, never what a user sent.
+Spans of ours hold numbers, versions and the request's id. OpenTelemetry's own middleware adds
+method, path, query, host, user agent and the client's address. None has a body or what was made
+of it.
 """
 
 from __future__ import annotations
