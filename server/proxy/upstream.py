@@ -18,6 +18,7 @@ from server.settings_serving import ProxySettings
 _SHOWN_CHARS = 300
 # An error's body is shown in part; reading more of it has no use.
 _MAX_ERROR_BYTES = 65_536
+_KEY_REFUSED = (401, 403)
 _PASSED_HEADERS = ("Retry-After", "WWW-Authenticate")
 _READY_TIMEOUT_S = 5.0
 _MAX_IDLE = 64
@@ -80,7 +81,7 @@ class Upstream:
             response = await self._client.get("/v1/models", timeout=_READY_TIMEOUT_S)
         except httpx.HTTPError:
             return False
-        return response.status_code in ((200,) if self._has_key else (200, 401, 403))
+        return response.status_code in ((200,) if self._has_key else (200, *_KEY_REFUSED))
 
     async def get(self, path: str, headers: Mapping[str, str]) -> Answer:
         """A GET; see ``post``."""
@@ -148,6 +149,11 @@ class Upstream:
             content = await _read(response, _MAX_ERROR_BYTES)
         finally:
             await response.aclose()
+        if self._has_key and status in _KEY_REFUSED:
+            raise ServiceError(
+                ErrorKind.UPSTREAM_FAILED,
+                f"the upstream answered {status}: it does not take the proxy's key",
+            )
         if 400 <= status < 500:
             passed = {k: response.headers[k] for k in _PASSED_HEADERS if k in response.headers}
             return Answer(status, orjson.dumps(_in_our_shape(status, content)), passed)

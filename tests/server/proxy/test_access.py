@@ -70,3 +70,10 @@ async def test_the_upstream_gets_the_proxy_s_own_key(start_proxy, upstream, tmp_
     upstream.behave = refuse
     # With a key that is refused no request can be answered.
     assert (await proxy.client.get("/ready")).status_code == 503
+    # Nor is it the client's key that is wrong.
+    for stream in (False, True):
+        body = {"prompt": "the", "stream": stream}
+        answer = await proxy.client.post("/v1/completions", json=body, headers=bearer(key))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_failed")
+        assert "the proxy's key" in answer.json()["error"]["message"]
+        assert "WWW-Authenticate" not in answer.headers
