@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI
 
@@ -23,6 +22,7 @@ from server.release import ReleaseLoader
 from server.service import Service
 from server.settings import Settings
 from server.tracing.spans import make_spans
+from server.version import running_version
 
 PROXY_PATH = "/proxy"
 
@@ -70,7 +70,7 @@ def create_app(
 
     app = FastAPI(
         title="rectokens",
-        version=version("rectokens"),
+        version=running_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,

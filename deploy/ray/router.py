@@ -16,7 +16,6 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import aclosing, asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 import orjson
@@ -41,6 +40,7 @@ from server.errors import ErrorKind, ServiceError, invalid
 from server.metrics import HttpMetrics
 from server.settings import Settings
 from server.tracing.spans import Spans, make_spans
+from server.version import running_version
 
 _log = structlog.get_logger(__name__)
 
@@ -263,7 +263,7 @@ def create_router_app(
 
     app = FastAPI(
         title="rectokens router",
-        version=version("rectokens"),
+        version=running_version(),
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

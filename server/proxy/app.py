@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI
 
@@ -17,6 +16,7 @@ from server.proxy import routes
 from server.proxy.service import Proxy
 from server.settings import Settings
 from server.tracing.spans import Spans, make_spans
+from server.version import running_version
 
 _DESCRIPTION = """Completions and chats for an upstream that takes prompts as embeddings.
 
@@ -58,7 +58,7 @@ def mounted_proxy_app(settings: Settings, proxy: Proxy, spans: Spans) -> FastAPI
     """The proxy's routes for an app that has its own middleware, and that stops the proxy."""
     app = FastAPI(
         title="rectokens proxy",
-        version=version("rectokens"),
+        version=running_version(),
         description=_DESCRIPTION,
         docs_url=None,
         redoc_url=None,

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from importlib.metadata import version
 
 from opentelemetry import propagate, trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -25,6 +24,7 @@ from starlette.types import ASGIApp
 from server.errors import ErrorKind, ServiceError
 from server.recommender import Recommendation
 from server.tracing.spans import Spans
+from server.version import running_version
 
 # Asked every few seconds by machines, and about themselves.
 _UNTRACED = r"/(health|ready|metrics)$"
@@ -34,7 +34,7 @@ _NS = 1_000_000_000
 
 def otlp_provider(service_name: str) -> TracerProvider:
     """A provider that sends by OTLP over HTTP, as OpenTelemetry's own variables say."""
-    resource = Resource.create({"service.version": version("rectokens")})
+    resource = Resource.create({"service.version": running_version()})
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: service_name}))
     # It is closed with the app; at the exit of the process it would wait for a dead collector.
