@@ -8,7 +8,7 @@ has passed every check. `docs/turboquant.md` lists what is refused.
 import base64
 import binascii
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,20 @@ __all__ = [
     "load_prompt_embeds",
     "load_prompt_embeds_list",
 ]
+
+
+def _text_by_base64(data: memoryview) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+_base64_text: Callable[[memoryview], str]
+try:
+    import pybase64
+
+    # Of the extra `server`: the same characters in a twentieth of the time.
+    _base64_text = pybase64.b64encode_as_string
+except ImportError:
+    _base64_text = _text_by_base64
 
 _PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BITS = (1, 2, 4, 8)
@@ -97,13 +111,14 @@ def dump_tensor(x: Tensor) -> str:
 
 def _own_memory(x: Tensor) -> Tensor:
     # torch.save writes the whole storage: a view would carry more than itself.
-    return x.detach().cpu().contiguous().clone()
+    x = x.detach().cpu().contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def _dump(value: object) -> str:
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return base64.b64encode(buffer.getbuffer()).decode("ascii")
+    return _base64_text(buffer.getbuffer())
 
 
 def load_prompt_embeds(

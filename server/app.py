@@ -44,7 +44,7 @@ def create_app(
     Args:
         settings: of the service.
         load_release: loads what is served; runs in the background once the app starts.
-        proxy: served below ``/proxy`` and stopped with the app; None for none.
+        proxy: served below ``/proxy``, started and stopped with the app; None for none.
         link: to the store that is followed, started and stopped with the app; None for none.
 
     Returns:
@@ -58,6 +58,8 @@ def create_app(
         service.start()
         if link is not None:
             link.start(service)
+        if proxy is not None:
+            proxy.start()
         try:
             yield
         finally:

@@ -312,8 +312,13 @@ class ProxySettings(SettingsGroup):
     encoded_table_mib: int = Field(
         default=512,
         ge=0,
-        description="Memory that compressed embeddings of tokens seen may take, so that the next "
-        "prompt finds them; where the whole vocabulary would take more, none are kept.",
+        description="Memory that compressed embeddings of tokens may take, so that a prompt finds "
+        "them; where the whole vocabulary would take more, none are kept.",
+    )
+    encode_ahead: bool = Field(
+        default=True,
+        description="Whether kept rows are encoded after the start, in the background, rather "
+        "than by the first prompt that has their token; reads the whole embedding table once.",
     )
 
     @field_validator("embedding_bits")

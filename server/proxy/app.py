@@ -29,13 +29,14 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
 
     Args:
         settings: of HTTP and of the proxy.
-        proxy: stopped when the app ends.
+        proxy: started and stopped with the app.
     """
     spans = make_spans(settings, "rectokens-proxy")
     app = mounted_proxy_app(settings, proxy, spans)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        proxy.start()
         try:
             yield
         finally:
@@ -55,7 +56,9 @@ def create_proxy_app(settings: Settings, proxy: Proxy) -> FastAPI:
 
 
 def mounted_proxy_app(settings: Settings, proxy: Proxy, spans: Spans) -> FastAPI:
-    """The proxy's routes for an app that has its own middleware, and that stops the proxy."""
+    """The proxy's routes for an app that has its own middleware, and that starts and stops the
+    proxy.
+    """
     app = FastAPI(
         title="rectokens proxy",
         version=running_version(),

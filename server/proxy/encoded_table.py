@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from server.proxy.embedding_table import EmbeddingTable
 
 
 class EncodedTable:
-    """Rows of an embedding table, encoded when a prompt first asks for them.
+    """Rows of an embedding table, encoded ahead or when a prompt first asks for them.
 
     Takes ``V * (packed_dim + 4)`` bytes in the end, of which the system gives only the pages of
-    tokens that were seen. Safe to share between threads: two that encode the same row write the
+    rows that were encoded. Safe to share between threads: two that encode the same row write the
     same bytes, and a row is known only after it is written.
 
     Args:
@@ -36,6 +37,11 @@ class EncodedTable:
             self._norms = torch.empty(table.vocab_size)
             self._known = torch.zeros(table.vocab_size, dtype=torch.bool)
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows can be kept: V, or 0 where none are."""
+        return 0 if self._known is None else len(self._known)
+
     def encode(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Packed rows ``(T, packed_dim)`` and norms ``(T,)`` of token ids (T,).
 
@@ -47,11 +53,23 @@ class EncodedTable:
         if self._known is None:
             return self._encoded(token_ids)
         ids = torch.tensor(token_ids)
-        missing = ids[~self._known[ids]].unique()
+        self._learn(ids[~self._known[ids]].unique(), self._known)
+        # Not `packed[ids]`, which takes twenty times as long.
+        return self._packed.index_select(0, ids), self._norms[ids]
+
+    def encode_ahead(self, first: int, end: int) -> None:
+        """Encode those of the rows ``first`` to ``end`` that are not known yet.
+
+        Rows that cannot be encoded are left for the prompt that asks for them, with the others.
+        """
+        if self._known is not None:
+            with suppress(ValueError):
+                self._learn(first + (~self._known[first:end]).nonzero().flatten(), self._known)
+
+    def _learn(self, missing: Tensor, known: Tensor) -> None:
         if missing.numel():
             self._packed[missing], self._norms[missing] = self._encoded(missing.tolist())
-            self._known[missing] = True
-        return self._packed[ids], self._norms[ids]
+            known[missing] = True
 
     def _encoded(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         return encode_embeddings(self._table.embed(token_ids), self._bits, codec=self._codec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ from rectokens.turboquant import codec_for, warmup_encode
 from server.proxy.embedding_table import EmbeddingTable
 from server.proxy.encoded_table import EncodedTable
 from server.proxy.errors import ProxyError
+
+_USUAL_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,10 @@ class EmbedsEncoder:
         bits: bits an element when compressed.
         max_encoded_bytes: most that encoded rows, kept for the next prompt, may take.
 
+    Attributes:
+        table: as given.
+        rows: encoded rows of the table; None without compression.
+
     Raises:
         ProxyError: embeddings of a size that cannot be compressed.
     """
@@ -52,6 +59,7 @@ class EmbedsEncoder:
         max_encoded_bytes: int = 0,
     ) -> None:
         self.table = table
+        self.rows: EncodedTable | None = None
         self._bits = bits
         self._codec: str | None = None
         if compression == "none":
@@ -63,12 +71,15 @@ class EmbedsEncoder:
                 f"hidden size {table.hidden_size} cannot be compressed ({error}); "
                 "set embedding_compression to none"
             ) from error
-        self._rows = EncodedTable(table, bits, self._codec, max_encoded_bytes)
+        self.rows = EncodedTable(table, bits, self._codec, max_encoded_bytes)
 
     def warm_up(self) -> None:
-        """Prepare for the first prompt."""
+        """Prepare for the first prompt, by all that one of usual length goes through."""
         if self._codec is not None:
             warmup_encode(self.table.hidden_size, self._bits, codec=self._codec)
+        # Rows that cannot be encoded are for the prompt that asks for them to tell.
+        with suppress(ValueError):
+            self.encode(range(min(_USUAL_TOKENS, self.table.vocab_size)))
 
     def encode(self, token_ids: Sequence[int]) -> EncodedPrompt:
         """Embed and encode one prompt, token ids (T,).
@@ -78,10 +89,10 @@ class EmbedsEncoder:
         """
         started = time.perf_counter()
         hidden_size = self.table.hidden_size
-        if self._codec is None:
+        if self.rows is None or self._codec is None:
             data = dump_tensor(self.table.embed(token_ids))
         else:
-            packed, norms = self._rows.encode(token_ids)
+            packed, norms = self.rows.encode(token_ids)
             data = dump_payload(packed, norms, self._bits, hidden_size, self._codec)
         row_bytes = hidden_size * self.table.weight.element_size()
         plain_bytes = -(-len(token_ids) * row_bytes // 3) * 4

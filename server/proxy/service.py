@@ -14,6 +14,7 @@ import orjson
 import structlog
 
 from server.errors import ErrorKind, ServiceError, invalid
+from server.proxy.ahead import AheadEncoder
 from server.proxy.embedding_table import open_embedding_table
 from server.proxy.encoder import EmbedsEncoder, EncodedPrompt
 from server.proxy.errors import ProxyError
@@ -59,8 +60,10 @@ class Proxy:
         self.metrics.in_flight.set_function(lambda: self._in_flight)
         self.upstream = Upstream(settings, self.metrics.upstream_answered)
         self._parts = parts
+        self._ahead = AheadEncoder(lambda: self._in_flight > 0)
         self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         self._in_flight = 0
+        self._started = False
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -70,9 +73,16 @@ class Proxy:
         """H of the embeddings that are sent."""
         return self._parts.encoder.table.hidden_size
 
+    def start(self) -> None:
+        """Begin work of its own; :meth:`stop` ends it."""
+        self._started = True
+        self._encode_ahead()
+
     def replace(self, parts: ProxyParts) -> None:
         """Encode with another model or catalog from the next request on; from any thread."""
         self._parts = parts
+        if self._started:
+            self._encode_ahead()
 
     def require_running(self) -> None:
         """Raise if the proxy is shutting down.
@@ -142,10 +152,16 @@ class Proxy:
         return True
 
     async def stop(self) -> None:
-        """Close the connections to the upstream."""
+        """End work of its own and close the connections to the upstream."""
         self._draining = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._ahead.close)
         await self.upstream.close()
+
+    def _encode_ahead(self) -> None:
+        rows = self._parts.encoder.rows
+        if self.settings.encode_ahead and rows is not None:
+            self._ahead.begin(rows)
 
     def _encode(
         self, encoder: EmbedsEncoder, prompts: Sequence[Sequence[int]], params: Sequence[str]

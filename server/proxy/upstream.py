@@ -57,8 +57,10 @@ class Upstream:
         self._has_key = settings.upstream_key is not None
         if settings.upstream_key is not None:
             headers["Authorization"] = f"Bearer {settings.upstream_key.get_secret_value()}"
+        self._base_url = _base_url(settings.upstream)
+        self._urls: dict[str, httpx.URL] = {}
         self._client = httpx.AsyncClient(
-            base_url=_base_url(settings.upstream),
+            base_url=self._base_url,
             timeout=httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s),
             # Requests in flight are bounded before they get here; none waits for a connection.
             # The pool looks at every connection for every idle one: few may stay idle.
@@ -127,7 +129,11 @@ class Upstream:
 
     def _request(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx.Request:
         given = {"Content-Type": "application/json", **headers}
-        return self._client.build_request("POST", path, content=body, headers=given)
+        # Whole, and made once: the client would put it together anew each time, at some cost.
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = self._base_url.copy_with(path=self._base_url.path + path)
+        return self._client.build_request("POST", url, content=body, headers=given)
 
     async def _whole(self, request: httpx.Request) -> Answer:
         started = time.perf_counter()

@@ -1,7 +1,9 @@
 """What honest senders write is read as torch reads it."""
 
 import base64
+import importlib.util
 import io
+import sys
 
 import pytest
 import torch
@@ -74,6 +76,27 @@ def test_a_view_is_dumped_without_its_neighbours():
         load_prompt_embeds(dump_tensor(torch.eye(64).T[2:4]), hidden_size=64, **LIMITS),
         torch.eye(64)[2:4],
     )
+
+
+@pytest.mark.parametrize("with_pybase64", [True, False])
+def test_the_text_is_base64_of_what_torch_saves(monkeypatch, with_pybase64):
+    if not with_pybase64:
+        monkeypatch.setitem(sys.modules, "pybase64", None)
+    spec = importlib.util.find_spec("rectokens.prompt_embeds")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    packed, norms = encode_embeddings(torch.randn(37, 64))
+
+    def saved(value):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    for rows in (slice(None), slice(3, 5), slice(0, 37, 2)):
+        value = {"packed": packed[rows].clone(), "norms": norms[rows].clone()}
+        value |= {"bits": 4, "d": 64, "codec": "tq1/hd2/lsb/seed42"}
+        assert module.dump_payload(packed[rows], norms[rows], 4, 64) == saved(value)
+    assert module.dump_tensor(torch.eye(8).T) == saved(torch.eye(8))
 
 
 def test_senders_without_our_library():

@@ -82,3 +82,28 @@ def test_threads_share_a_table():
         found = list(pool.map(rows.encode, prompts))
     for ids, (packed, _) in zip(prompts, found, strict=True):
         assert torch.equal(packed, encode_embeddings(WEIGHT[ids], 4)[0])
+
+
+def test_rows_encoded_ahead_are_those_of_the_prompt(encoded_rows):
+    rows = EncodedTable(EmbeddingTable(WEIGHT, scale=2.0), 4, CODEC, 40 * ROW_BYTES)
+    rows.encode([3, 5])
+    rows.encode_ahead(0, 32)
+    rows.encode_ahead(32, 40)
+    rows.encode_ahead(0, 40)
+    assert encoded_rows == [2, 30, 8]
+    ids = [39, 0, 3, 31, 32]
+    packed, norms = rows.encode(ids)
+    assert encoded_rows == [2, 30, 8]
+    expected = encode_embeddings(WEIGHT[ids] * 2, 4)
+    assert torch.equal(packed, expected[0])
+    torch.testing.assert_close(norms, expected[1], rtol=1e-6, atol=0)
+
+
+def test_rows_that_cannot_be_encoded_ahead_are_left_to_prompts():
+    weight = WEIGHT.clone()
+    weight[5, 0] = float("inf")
+    rows = EncodedTable(EmbeddingTable(weight), 4, CODEC, 1 << 20)
+    rows.encode_ahead(0, 40)
+    assert torch.equal(rows.encode([4])[0], encode_embeddings(weight[[4]], 4)[0])
+    with pytest.raises(ValueError, match="infinity"):
+        rows.encode([4, 5])
