@@ -31,6 +31,7 @@ from examples.scratch.teacher import Teacher
 from examples.scratch.trainer import ScratchTrainer, Weights, training_arguments
 from examples.scratch.windows import Histories
 from examples.trainer.card import commit_of, model_card
+from examples.trainer.checkpoints import last_checkpoint
 from rectokens.artifacts.manifest import ParentRef
 from rectokens.artifacts.model import RetrievalSpec, save_model
 from rectokens.artifacts.open_store import open_release_store
@@ -137,6 +138,8 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
         f"{data.name}: {len(split.train):,} users ({split.skipped} with fewer than three items "
         f"left out), {len(data.item_ids):,} items"
     )
+    # Before anything is written into a folder that is another run's.
+    last_checkpoint(folder, recipe.flat(), some=True)
     store = folder / STORE
     items = code_items(data, split.train, recipe.codes, recipe.seed, store)
     options.tell(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from examples.data.item_vectors import item_vectors
 from examples.scratch.settings import CodesSettings
 from rectokens.artifacts.store import ArtifactStore
 from rectokens.artifacts.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from rectokens.catalog.artifact import save_catalog
+from rectokens.catalog.artifact import load_catalog, save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.catalog.catalog import Catalog
+from rectokens.core.atomic_file import atomic_file
 from rectokens.tokenizers.fitting import RQKMeansSettings, fit_rq_kmeans
 from rectokens.tokenizers.quality import quality_report
 from server.demo.data import DemoData, item_counts
+
+_NOTE = "items.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +55,34 @@ def code_items(
 ) -> CodedItems:
     """Fit or load a tokenizer, encode all items, and write tokenizer and catalog to a store.
 
+    What an earlier call with the same arguments wrote is taken as it is: with other threads or
+    on another machine a fit differs in its last digits, and a run that goes on must not.
+
     Args:
         data: items and their text embeddings.
         train: training parts of the histories; nothing held out is looked at.
         settings: how.
         seed: of fitting.
-        root: of the artifact store.
+        root: of the artifact store; the folder above it remembers what was made.
 
     Raises:
         ArtifactError: ``item_tok_path`` is no tokenizer artifact.
         ValueError: the tokenizer takes vectors of another width, or has other levels or codes
             than the settings say.
     """
+    store = ArtifactStore(root)
+    note = root.parent / _NOTE
+    made_from = {
+        "data": data.name,
+        "items": len(data.item_ids),
+        "users": len(train),
+        "seed": seed,
+        **asdict(settings),
+    }
+    if note.exists():
+        earlier = json.loads(note.read_text(encoding="utf-8"))
+        if earlier["made_from"] == made_from:
+            return _load(data, settings, store, earlier)
     vectors = item_vectors(
         data.embeddings,
         train,
@@ -94,7 +114,6 @@ def code_items(
     report = quality_report(tokenizer, [vectors])
     with torch.inference_mode():
         codes = tokenizer.encode(vectors).codes.long().clone()
-    store = ArtifactStore(root)
     saved = save_tokenizer(store.folder("tokenizer"), tokenizer, report=report, fitted_on=fitted_on)
     fingerprint = tokenizer_fingerprint(tokenizer)
     catalog = build_catalog(
@@ -106,8 +125,37 @@ def code_items(
         metadata=data.metadata,
     )
     catalog_path = save_catalog(store.folder("catalog"), catalog, tokenizer_version=saved.name)
+    with atomic_file(note) as partial:
+        versions = {"tokenizer": saved.name, "catalog": catalog_path.name}
+        partial.write_text(json.dumps({"made_from": made_from, **versions}), encoding="utf-8")
     return CodedItems(
         codes, settings.codebook_size, catalog, catalog_path.name, saved.name, fingerprint, report
+    )
+
+
+def _load(
+    data: DemoData, settings: CodesSettings, store: ArtifactStore, versions: dict[str, str]
+) -> CodedItems:
+    """What was written before.
+
+    Raises:
+        ArtifactError: it is damaged or gone.
+        ValueError: it is of other items.
+    """
+    tokenizer = load_tokenizer(store.path("tokenizer", versions["tokenizer"]))
+    catalog = load_catalog(store.path("catalog", versions["catalog"]))
+    index = catalog.index_of(list(data.item_ids))
+    if bool((index < 0).any()):
+        missing = data.item_ids[int((index < 0).nonzero()[0])]
+        raise ValueError(f"the catalog of this run has no item {missing!r}, which the data names")
+    return CodedItems(
+        catalog.codes_of(index).long(),
+        settings.codebook_size,
+        catalog,
+        versions["catalog"],
+        versions["tokenizer"],
+        tokenizer.fingerprint,
+        tokenizer.report,
     )
 
 

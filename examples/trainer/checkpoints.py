@@ -18,12 +18,15 @@ class CheckpointError(ValueError):
     """A checkpoint that this run cannot go on from."""
 
 
-def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
+def last_checkpoint(
+    folder: Path, settings: Mapping[str, Any], *, some: bool = False
+) -> Path | None:
     """The newest whole checkpoint of a run, None where there is none; half ones are removed.
 
     Args:
         folder: of the run, which holds ``checkpoint-<step>`` folders.
         settings: of the run, JSON values.
+        some: these are not all of its settings; the others are not looked at.
 
     Raises:
         CheckpointError: it is of a run with other settings; names them.
@@ -42,7 +45,8 @@ def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     newest = max(whole)[1]
     found = json.loads((newest / _MARKER).read_text(encoding="utf-8"))["settings"]
     wanted = json.loads(json.dumps(settings))
-    differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+    names = set(wanted) if some else {*found, *wanted}
+    differing = sorted(name for name in names if found.get(name) != wanted.get(name))
     if differing:
         told = ", ".join(f"{n} {found.get(n)!r}, now {wanted.get(n)!r}" for n in differing[:5])
         raise CheckpointError(

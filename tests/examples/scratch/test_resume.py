@@ -80,6 +80,22 @@ train_release(small_data(), Path({folder!r}), SMALL_RECIPE, OPTIONS)
 """
 
 
+def test_a_run_that_goes_on_keeps_its_semantic_ids(trained, data, recipe, options, tmp_path):
+    """Even where fitting again would give others, as it does with other threads."""
+    from examples.scratch import items
+
+    def stopping(self, first):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WindowStream, "from_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_release(data, tmp_path, recipe, options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(items, "fit_rq_kmeans", None)
+        same_result(tmp_path, train_release(data, tmp_path, recipe, options), *trained)
+
+
 @pytest.mark.slow
 def test_killed_and_continued(trained, data, recipe, options, tmp_path):
     code = _KILLED.format(root=str(ROOT), here=str(Path(__file__).parent), folder=str(tmp_path))
@@ -113,10 +129,10 @@ def test_half_checkpoints_do_not_count(tmp_path):
 )
 def test_another_run_s_folder_is_refused(trained, data, recipe, options, change, message):
     folder, _ = trained
-    before = sorted(path.name for path in folder.glob("checkpoint-*"))
+    before = sorted(folder.rglob("*"))
     with pytest.raises(CheckpointError, match=message):
         train_release(data, folder, replace(recipe, **change), options)
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
 @contextmanager
