@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 import orjson
 import structlog
 
@@ -74,9 +75,11 @@ class Proxy:
         return self._parts.encoder.table.hidden_size
 
     def start(self) -> None:
-        """Begin work of its own; :meth:`stop` ends it."""
+        """Begin work of its own, in the event loop that runs; :meth:`stop` ends it."""
         self._started = True
         self._encode_ahead()
+        # httpx would have this import half of anyio during the first prompt.
+        anyio.Event()
 
     def replace(self, parts: ProxyParts) -> None:
         """Encode with another model or catalog from the next request on; from any thread."""

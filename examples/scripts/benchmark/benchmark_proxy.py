@@ -8,7 +8,7 @@ table of random bfloat16 numbers. *Added* latency is the median of a request thr
 the median of the same text sent to the upstream itself; the two are asked in turns, so that a noisy
 machine disturbs both. Everything shares the machine's cores: more of them, or a quiet machine, give
 better figures. *cold* keeps no encoded rows (``--encoded-table-mib 0``): every prompt is encoded
-anew; otherwise every prompt was asked before, so that its rows are there.
+anew; otherwise the proxy is given the time to encode its table ahead. No prompt was asked before.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from examples.scripts.interop.vllm_prompt_embeds import free_port, running
 
 _WARM_REQUESTS = 5
+_IDLE_S = 0.5
+_SETTLE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Record:
         compression: what the proxy was started with.
         tokens: of a prompt.
         direct_ms, proxied_ms, added_ms: medians of single requests, and their difference.
+        first_ms: the first request of that length through the proxy.
         proxied_p95_ms: 95th percentile through the proxy.
         cpu_ms: processor time of the proxy a request, which neighbours disturb least.
         requests_per_s, tokens_per_s: with several clients at once.
@@ -59,6 +62,7 @@ class Record:
     direct_ms: float
     proxied_ms: float
     added_ms: float
+    first_ms: float
     proxied_p95_ms: float
     cpu_ms: float
     requests_per_s: float
@@ -106,12 +110,11 @@ def latencies(
 ) -> tuple[list[float], list[float], int]:
     """Seconds without and with the proxy, in turns; bytes with it."""
     plain, through, size = [], [], 0
-    for index, text in enumerate(texts):
+    for text in texts:
         without, _ = ask(direct, text)
         with_proxy, size = ask(proxied, text)
-        if index >= _WARM_REQUESTS:
-            plain.append(without)
-            through.append(with_proxy)
+        plain.append(without)
+        through.append(with_proxy)
     return plain, through, size
 
 
@@ -148,6 +151,17 @@ def processor_s(pid: int) -> float:
     return (int(fields_after_name[11]) + int(fields_after_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def let_settle(pid: int) -> None:
+    """Wait until a process has nothing to do."""
+    busy, end = processor_s(pid), time.monotonic() + _SETTLE_S
+    while time.monotonic() < end:
+        time.sleep(_IDLE_S)
+        before, busy = busy, processor_s(pid)
+        if busy - before < 0.1 * _IDLE_S:
+            return
+    raise RuntimeError(f"the proxy is still at work after {_SETTLE_S:g} s without a request")
+
+
 @contextmanager
 def mock_upstream(log: Path) -> Iterator[str]:
     """The mock in a process of its own; yields its URL."""
@@ -180,14 +194,15 @@ def measure(
         httpx.Client(base_url=upstream, timeout=60) as direct,
         httpx.Client(base_url=url, timeout=60) as proxied,
     ):
+        let_settle(pid)
         for tokens in options.tokens:
             count = options.requests + _WARM_REQUESTS
             texts = [prompt(tokens, options.vocab_size, seed) for seed in range(count)]
-            for text in texts[: 0 if name.endswith("cold") else None]:
-                ask(proxied, text)
             busy = processor_s(pid)
             without, through, size = latencies(direct, proxied, texts)
             busy = (processor_s(pid) - busy) / count
+            first = through[0]
+            without, through = without[_WARM_REQUESTS:], through[_WARM_REQUESTS:]
             rate = throughput(url, texts, options.clients, options.seconds)
             own, mapped = resident_mib(pid)
             plain_bytes.setdefault(tokens, size)
@@ -198,6 +213,7 @@ def measure(
                 round(before * 1e3, 2),
                 round(after * 1e3, 2),
                 round((after - before) * 1e3, 2),
+                round(first * 1e3, 2),
                 round(statistics.quantiles(through, n=20)[-1] * 1e3, 2),
                 round(busy * 1e3, 2),
                 round(rate, 1),
