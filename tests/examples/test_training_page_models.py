@@ -82,7 +82,11 @@ def commands() -> list[list[str]]:
     blocks = re.findall(r"^```\w*\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     wanted = [words for words in map(shlex.split, lines) if words[:2] == ["python", "-m"]]
-    return [words for words in wanted if words[2] == "server" or Path(words[-1]).name in SMALL]
+    return [
+        words
+        for words in wanted
+        if words[2] == "server" or (len(words) == 4 and Path(words[3]).name in SMALL)
+    ]
 
 
 @pytest.fixture
