@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,23 +27,37 @@ class ServerStartError(RuntimeError):
     """The server did not become ready; the message ends with what it wrote last."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that is ready.
+
+    Attributes:
+        base_url: where.
+        pid: of its process.
+    """
+
+    base_url: str
+    pid: int
+
+
 @contextmanager
-def serving(
-    release: Path, *, timeout_s: float = 120.0, flags: tuple[str, ...] = ()
-) -> Iterator[str]:
-    """Serve a release on a free loopback port; gives the base URL once it is ready.
+def running_server(
+    *flags: str, timeout_s: float = 120.0, variables: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """Serve on a free loopback port; gives the server once it is ready.
 
     The environment's own settings of the service are left out, so that what is measured is the
-    release with default settings and ``flags``.
+    service with default settings, ``flags`` and ``variables``.
 
     Raises:
         ServerStartError: it exits, or is not ready in time.
     """
     port = _free_port()
     base_url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "serve", "--release", str(release)]
+    command = [sys.executable, "-m", "server", "serve"]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
+    environment |= variables or {}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,
@@ -53,9 +68,18 @@ def serving(
         )
         try:
             _wait_until_ready(process, base_url, output, timeout_s)
-            yield base_url
+            yield RunningServer(base_url, process.pid)
         finally:
             _stop(process)
+
+
+@contextmanager
+def serving(
+    release: Path, *, timeout_s: float = 120.0, flags: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Serve a release as :func:`running_server` does; gives the base URL."""
+    with running_server("--release", str(release), *flags, timeout_s=timeout_s) as server:
+        yield server.base_url
 
 
 def _free_port() -> int:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
+import psutil
 import torch
 import typer
 from rich.console import Console
@@ -39,14 +40,18 @@ from examples.scripts.benchmark.benchmark_service import (
     Histories,
     WrongAnswerError,
     overload_figures,
-    percentile,
-    process_behind,
     query_of,
 )
-from examples.scripts.benchmark.http_load import Connections, Reply, closed_loop, open_loop
+from examples.scripts.benchmark.http_load import (
+    Connections,
+    Reply,
+    closed_loop,
+    open_loop,
+    percentile,
+)
 from examples.scripts.benchmark.random_release import ReleaseShape, write_random_release
 from rectokens.schemas.search import SearchRequest, SearchResult
-from server.demo.running import serving
+from server.demo.running import RunningServer, running_server
 from server.recommender import prepare, present
 from server.release import Release, load_release
 from server.settings import Settings, load_settings
@@ -225,11 +230,16 @@ def measure_context(
 
 
 def overload(
-    subject: Subject, base_url: str, items: int, rate: float, seconds: float, timeout_ms: int
+    subject: Subject,
+    running: RunningServer,
+    items: int,
+    rate: float,
+    seconds: float,
+    timeout_ms: int,
 ) -> dict[str, float]:
     """Figures of an open loop at so many requests a second."""
     bodies = itertools.cycle(subject.bodies(items, 600, timeout_ms, seed=99))
-    server = process_behind(base_url)
+    server = psutil.Process(running.pid)
     on_gpu = subject.release.engine.device.type == "cuda"
     resident: list[tuple[float, int]] = []
     used: list[tuple[float, int]] = []
@@ -241,7 +251,7 @@ def overload(
             used.append((elapsed, total - free))
 
     async def run() -> Any:
-        connections = Connections(base_url, PATH)
+        connections = Connections(running.base_url, PATH)
         await connections.open(256)
         load = await open_loop(
             connections, bodies, rate, seconds, max_open=1_024, seed=1, every=look
@@ -317,7 +327,7 @@ def main(
         settings = load_settings({**named, "release": str(path)})
         loading = pool.submit(load_release, settings)
         words = tuple(word for name, value in given.items() for word in (f"--{name}", value))
-        with serving(path, timeout_s=300, flags=words) as base_url:
+        with running_server("--release", str(path), *words, timeout_s=300) as running:
             subject = Subject(loading.result(), settings, dtype, beam_width, top_k)
             console.print(f"both ready after {time.perf_counter() - started:.1f} s")
             rows = []
@@ -325,7 +335,7 @@ def main(
                 for context, count in sizes.items():
                     counts = [int(word) for word in clients.split(",")]
                     rows += measure_context(
-                        subject, base_url, context, count, counts, seconds, console
+                        subject, running.base_url, context, count, counts, seconds, console
                     )
             except WrongAnswerError as error:
                 console.print("nothing more is timed:", error, markup=False)
@@ -334,7 +344,7 @@ def main(
                 first = next(iter(sizes))
                 best = max(r["requests_per_s"] for r in rows if r["context"] == first)
                 figures = overload(
-                    subject, base_url, sizes[first], factor * best, overload_seconds, timeout_ms
+                    subject, running, sizes[first], factor * best, overload_seconds, timeout_ms
                 )
                 console.print("overload:", {k: round(v, 1) for k, v in figures.items()})
     where = torch.cuda.get_device_name() if device != "cpu" else "a CPU"

@@ -45,6 +45,7 @@ from rectokens.catalog.sources import open_embeddings
 from rectokens.prompts.recipe import PromptRecipe
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.tokenizers.rq_kmeans import RQKMeansTokenizer
+from server.demo.running import running_server
 
 KEY = "benchmark-key-on-loopback"
 CHUNK = 65_536
@@ -290,30 +291,14 @@ def _reindex(store: Path, source: Path, tokenizer: str, model: str, case: Case) 
 @contextmanager
 def _serving(store: Path, case: Case) -> Iterator[tuple[httpx.Client, psutil.Process]]:
     """A server on the store, ready."""
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", *_flags(store, case)]
-    environment = {**os.environ, "RECTOKENS_ADMIN__KEYS": KEY}
-    log = store.parent / "log"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [*command, "--cpu-threads", str(case.threads)], stderr=errors, env=environment
-        )
-    try:
-        while not (found := re.search(r'"port":(\d+)', log.read_text())):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server does not start:\n{log.read_text()}")
-            time.sleep(0.1)
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{found[1]}",
-            headers={"Authorization": f"Bearer {KEY}"},
-            timeout=60.0,
-        ) as client:
-            while client.get("/ready").status_code != 200:
-                time.sleep(0.1)
-            time.sleep(5.0)  # the worker is up as well
-            yield client, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
+    flags = [*_flags(store, case), "--cpu-threads", str(case.threads)]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with (
+        running_server(*flags, variables={"RECTOKENS_ADMIN__KEYS": KEY}) as server,
+        httpx.Client(base_url=server.base_url, headers=headers, timeout=60.0) as client,
+    ):
+        time.sleep(5.0)  # the worker is up as well
+        yield client, psutil.Process(server.pid)
 
 
 def _update(

@@ -34,13 +34,11 @@ from rich.table import Table
 
 from examples.scripts.benchmark.benchmark_service import (
     cpu_seconds,
-    percentile,
-    process_behind,
     release_or_random,
 )
-from examples.scripts.benchmark.http_load import Connections, Reply, closed_loop
+from examples.scripts.benchmark.http_load import Connections, Reply, closed_loop, percentile
 from examples.scripts.benchmark.random_release import ReleaseShape
-from server.demo.running import serving
+from server.demo.running import running_server
 
 PATH = "/v1/recommend"
 PORT = 8_765
@@ -180,14 +178,17 @@ def main(
     with (
         release_or_random(release, shape) as path,
         ray_serving(path) as on_ray,
-        serving(path, flags=tuple(flags)) as plain,
+        running_server("--release", str(path), *flags) as plain,
     ):
         items = [f"item-{number}" for number in range(history)]
         # The same prompt again and again: what it costs is not what is measured.
         body = orjson.dumps({"history": items, "top_k": 10, "beam_width": beam_width})
         bodies = itertools.repeat(body)
-        servers = {"uvicorn": (plain, [process_behind(plain)]), "ray": (on_ray, ray_processes())}
-        asyncio.run(compare([plain, on_ray], bodies))
+        servers = {
+            "uvicorn": (plain.base_url, [psutil.Process(plain.pid)]),
+            "ray": (on_ray, ray_processes()),
+        }
+        asyncio.run(compare([plain.base_url, on_ray], bodies))
         found = {(name, count): Figures() for count in (1, clients) for name in servers}
         for _ in range(turns):
             for (name, count), figures in found.items():

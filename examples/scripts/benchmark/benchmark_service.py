@@ -39,10 +39,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.scripts.benchmark.http_load import Connections, OpenLoad, closed_loop, open_loop
+from examples.scripts.benchmark.http_load import (
+    Connections,
+    OpenLoad,
+    closed_loop,
+    open_loop,
+    percentile,
+)
 from examples.scripts.benchmark.random_release import ReleaseShape, make_random_release
 from rectokens.schemas.search import SearchResult
-from server.demo.running import serving
+from server.demo.running import running_server
 from server.recommender import ItemRef, RecommendQuery, prepare, present
 from server.release import Release, load_release
 from server.settings import Settings, load_settings
@@ -206,12 +212,6 @@ async def saturated(
     return Rate(len(replies) / taken, cpu / len(replies)), added
 
 
-def process_behind(base_url: str) -> psutil.Process:
-    """The child that was told to listen there; this process may have others."""
-    port = base_url.rpartition(":")[2]
-    return next(child for child in psutil.Process().children() if port in child.cmdline())
-
-
 def cpu_seconds(process: psutil.Process) -> float:
     """CPU time that a process has taken so far."""
     times = process.cpu_times()
@@ -242,14 +242,6 @@ async def overloaded(
     )
     await connections.close()
     return load, memory
-
-
-def percentile(values: Sequence[float], part: float) -> float:
-    """The value that so large a part does not exceed; NaN where there are none."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    return ordered[min(int(part * len(ordered)), len(ordered) - 1)]
 
 
 def overload_figures(
@@ -323,8 +315,8 @@ def measure(
     alone = EngineAlone(release, settings, histories)
     clients = 2 * settings.batching.max_requests
     options = tuple(word for name, value in flags.items() for word in (f"--{name}", str(value)))
-    with serving(path, flags=options) as base_url:
-        server = process_behind(base_url)
+    with running_server("--release", str(path), *options) as running:
+        base_url, server = running.base_url, psutil.Process(running.pid)
         asyncio.run(compare(base_url, alone, histories))
         single: list[float] = []
         added: list[float] = []

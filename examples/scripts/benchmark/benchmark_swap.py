@@ -16,12 +16,9 @@ import os
 import platform
 import random
 import re
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -34,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from examples.scripts.benchmark.http_load import percentile
 from rectokens.artifacts.model import RetrievalSpec, save_model
 from rectokens.artifacts.open_store import open_release_store
 from rectokens.artifacts.release_store import ReleaseStore
@@ -41,6 +39,7 @@ from rectokens.catalog.artifact import save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.prompts.recipe import PromptRecipe
 from rectokens.schemas.item_tokens import ItemTokens
+from server.demo.running import running_server
 
 FINGERPRINT = "0" * 64
 LEVELS, CODES = 4, 256
@@ -98,14 +97,6 @@ class Figures:
     peak_mib: float
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that this share of the values does not exceed; nan without values."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
-
-
 def split(
     samples: Sequence[Sample], swaps: Sequence[tuple[float, float]]
 ) -> tuple[list[float], list[float]]:
@@ -156,32 +147,6 @@ def _save_random_model(root: Path, spec: RetrievalSpec, hidden: int, layers: int
         tie_word_embeddings=True,
     )
     return save_model(root / "models", Qwen3ForCausalLM(config).eval(), spec).name
-
-
-@contextmanager
-def served(root: Path, log: Path, flags: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """A service on the store, in a process of its own: its URL and its process id."""
-    command = [sys.executable, "-m", "server", "serve", "--store.path", str(root), "--port", "0"]
-    command += ["--store.poll-s", "0.2", "--jobs.no-start-worker", *flags]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stderr=errors)
-    try:
-        yield _wait_until_ready(process, log), process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        found = re.search(r'"port":(\d+)', log.read_text())
-        if found:
-            base = f"http://127.0.0.1:{found[1]}"
-            if httpx.get(f"{base}/ready", timeout=30).status_code == 200:
-                return base
-        time.sleep(0.1)
-    raise RuntimeError(f"the service did not become ready:\n{log.read_text()[-4_000:]}")
 
 
 class Caller:
@@ -307,15 +272,16 @@ def main(
 ) -> None:
     """Measure swaps of catalogs of several sizes."""
     results = []
-    flags = ["--cpu-threads", "1", *(flag or ())]
+    flags = ["--store.poll-s", "0.2", "--jobs.no-start-worker", "--cpu-threads", "1"]
+    flags += flag or ()
     for size in num_items or DEFAULT_SIZES:
         with tempfile.TemporaryDirectory(dir=folder) as root:
             store_root = Path(root) / "store"
             releases = make_store(store_root, size, hidden, layers, new_model)
-            with served(store_root, Path(root) / "log", flags) as (base, pid):
+            with running_server("--store.path", str(store_root), *flags, timeout_s=_START_S) as one:
                 store = open_release_store(store_root)
                 load = Load(rate, quiet_s, swaps)
-                figures = asyncio.run(measure(base, pid, store, releases, size, load))
+                figures = asyncio.run(measure(one.base_url, one.pid, store, releases, size, load))
         results.append(replace(figures, new_model=new_model))
     print_table(results, Console(width=200))
     if csv_file is not None:

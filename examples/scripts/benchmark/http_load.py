@@ -33,6 +33,14 @@ class Reply:
     sent_s: float
 
 
+def percentile(values: Sequence[float], part: float) -> float:
+    """The value that so large a part does not exceed; NaN where there are none."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    return ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+
+
 class Connections:
     """Keep-alive connections to one server. Close them.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-from examples.scripts.benchmark.benchmark_service import main, overload_figures, percentile
-from examples.scripts.benchmark.http_load import OpenLoad, Reply
+from examples.scripts.benchmark.benchmark_service import main, overload_figures
+from examples.scripts.benchmark.http_load import OpenLoad, Reply, percentile
 
 
 def test_a_small_release(tmp_path: Path) -> None:

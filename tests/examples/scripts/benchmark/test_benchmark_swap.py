@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from examples.scripts.benchmark.benchmark_swap import Sample, make_store, percentile, split
+from examples.scripts.benchmark.benchmark_swap import Sample, make_store, split
+from examples.scripts.benchmark.http_load import percentile
 from rectokens.artifacts.open_store import open_release_store
 
 
