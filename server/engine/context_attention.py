@@ -16,7 +16,7 @@ Hq query heads, Hkv key heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,8 +38,8 @@ from server.engine.packing import PackedRows
 
 ATTENTION_NAME = "rectokens_shared_context"
 
-# Arguments of transformers' attention calls that change the result and that the decode path
-# implements; a model that passes any other non-None tensor or number is refused.
+# Arguments of transformers' attention calls that change the result and that are implemented; a
+# model that passes any other value but None is refused.
 _UNDERSTOOD = frozenset({"scaling", "sliding_window", "softcap", "dropout"})
 _HARMLESS = frozenset(
     {"position_ids", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
@@ -151,7 +151,24 @@ def decoding(context: ContextKV, beams: BeamKV) -> Iterator[None]:
 
 
 class UnsupportedAttentionError(RuntimeError):
-    """The model's attention takes an argument that the shared-context form does not know."""
+    """The model's attention takes an argument that is not implemented."""
+
+
+def check_arguments(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse an attention call that asks for what is not implemented.
+
+    Args:
+        name: of the module, for the message.
+        given: keyword arguments of the call.
+
+    Raises:
+        UnsupportedAttentionError: names the argument.
+    """
+    for key, value in given.items():
+        if value is not None and key not in _UNDERSTOOD and key not in _HARMLESS:
+            raise UnsupportedAttentionError(
+                f"attention argument {key!r} of {name} is not implemented"
+            )
 
 
 def shared_context_attention(
@@ -173,11 +190,7 @@ def shared_context_attention(
     mode = _mode.get()
     if mode is None:
         return causal_attention(module, query, key, value, attention_mask, **kwargs)
-    for name, given in kwargs.items():
-        if given is not None and name not in _UNDERSTOOD and name not in _HARMLESS:
-            raise UnsupportedAttentionError(
-                f"attention argument {name!r} of {type(module).__name__} is not implemented"
-            )
+    check_arguments(type(module).__name__, kwargs)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(mode, _Prefill):
         mode.windows_applied.add(kwargs.get("sliding_window"))

@@ -16,17 +16,11 @@ from transformers.masking_utils import sdpa_mask
 
 from rectokens.ops.context_attention import ScoreRule
 from rectokens.ops.decoder_pieces import store_
-from server.engine.context_attention import UnsupportedAttentionError, shared_context_attention
+from server.engine.context_attention import check_arguments, shared_context_attention
 from server.engine.device.passes import ForwardPass, PromptPass
+from server.engine.packed_attention import scale_of
 
 ATTENTION_NAME = "rectokens_paged_context"
-
-# Arguments of transformers' attention calls that change the result and that are implemented; a
-# model that passes any other value but None is refused.
-_UNDERSTOOD = frozenset({"scaling", "sliding_window", "softcap", "dropout"})
-_HARMLESS = frozenset(
-    {"position_ids", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
-)
 
 _running: ContextVar[ForwardPass | None] = ContextVar("rectokens_forward_pass", default=None)
 
@@ -42,14 +36,9 @@ def score_rule(query: Tensor, name: str, given: dict[str, Any]) -> ScoreRule:
     Raises:
         UnsupportedAttentionError: an argument that is not implemented.
     """
-    for key, value in given.items():
-        if value is not None and key not in _UNDERSTOOD and key not in _HARMLESS:
-            raise UnsupportedAttentionError(
-                f"attention argument {key!r} of {name} is not implemented"
-            )
-    scale = given.get("scaling")
+    check_arguments(name, given)
     return ScoreRule(
-        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        scale=float(scale_of(query, given.get("scaling"))),
         window=given.get("sliding_window"),
         softcap=given.get("softcap"),
     )
