@@ -27,12 +27,29 @@ class LevelLogits:
     vocab_log_norm: Tensor | None
 
 
+def read_head(model: Any) -> tuple[nn.Linear, float, float | None]:
+    """The LM head of a causal LM, and what its configuration makes of the logits.
+
+    Returns:
+        The layer, the constant factor and the soft cap; None where there is no cap.
+
+    Raises:
+        ValueError: a head that is no Linear layer.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the model's head is {type(head).__name__}; expected a Linear layer")
+    config = model.config.get_text_config()
+    factor = float(getattr(config, "logit_scale", None) or 1.0)
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return head, factor, getattr(config, "final_logit_softcapping", None)
+
+
 class LevelHead:
     """Logits of a level's K codes from hidden states.
 
     Args:
-        model: the causal LM; its output embeddings and its configuration's logit transform
-            (soft cap or constant factor) are used.
+        model: the causal LM; see :func:`read_head`.
         item_tokens: where the item tokens lie.
 
     Raises:
@@ -40,15 +57,9 @@ class LevelHead:
     """
 
     def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"the model's head is {type(head).__name__}; expected a Linear layer")
+        head, self._factor, self._softcap = read_head(model)
         self._weight, self._bias = head.weight, head.bias
         self._item_tokens = item_tokens
-        config = model.config.get_text_config()
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._factor = float(getattr(config, "logit_scale", None) or 1.0)
-        self._factor /= float(getattr(config, "logits_scaling", None) or 1.0)
 
     def __call__(self, hidden: Tensor, level: int, *, with_vocab_norm: bool) -> LevelLogits:
         """Logits after hidden states (B, W, H) at ``level``."""

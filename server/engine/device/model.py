@@ -20,6 +20,7 @@ from server.engine.device.prompt_rows import (
     PromptSlice,
     cut_into_passes,
 )
+from server.engine.head import read_head
 from server.engine.kv_pool import KVPool
 
 VOCAB, LEVEL = NORMALIZATIONS.index("vocab"), NORMALIZATIONS.index("level")
@@ -32,8 +33,7 @@ class Head:
     """The LM head for the codes of one level, and its normalisers.
 
     Args:
-        model: the causal LM; its output embeddings and its configuration's logit transform (soft
-            cap or constant factor) are used.
+        model: the causal LM; see :func:`~server.engine.head.read_head`.
         item_tokens: where the item tokens lie.
 
     Raises:
@@ -41,16 +41,10 @@ class Head:
     """
 
     def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"the model's head is {type(head).__name__}; expected a Linear layer")
+        head, self.factor, self.softcap = read_head(model)
         self.weight: Tensor = head.weight.detach()
         self.bias: Tensor | None = None if head.bias is None else head.bias.detach()
         self._item_tokens = item_tokens
-        config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.factor = float(getattr(config, "logit_scale", None) or 1.0)
-        self.factor /= float(getattr(config, "logits_scaling", None) or 1.0)
 
     def rows(self, level: int) -> tuple[Tensor, Tensor | None]:
         """Weights (K, H) and bias (K,) of a level's codes."""
