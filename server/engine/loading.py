@@ -14,7 +14,7 @@ from server.engine.device.build import build_device_engine
 from server.engine.device.engine import DeviceEngine, DeviceOptions
 from server.engine.device.fp8 import let_go_of_rounded
 from server.engine.engine import Engine
-from server.engine.pool_setup import PoolOptions, attach_pool
+from server.engine.pool_setup import PoolOptions, attach_pool, logit_difference
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import PerBeamRunner, Runner, SharedContextRunner
 
@@ -167,8 +167,7 @@ def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
         except Exception as why:  # any failure of the fast way means the slow one is taken
             difference, reason = float("inf"), str(why)
         else:
-            scale = float(expected.abs().max().clamp(min=1.0))
-            difference = float((expected - found).abs().max()) / scale
+            difference = logit_difference(expected, found)
             reason = f"its logits differ by {difference:.2g} of their range"
     if difference <= _TOLERANCE[model.dtype]:
         return shared

@@ -41,6 +41,11 @@ class PoolOptions:
     keep: bool = True
 
 
+def logit_difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference between logits, as a part of the range of those that are right."""
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
 def pool_bytes(options: PoolOptions, device: torch.device) -> int:
     """Memory for keys and values: as asked, else 40 % of what a GPU has free, 512 MiB on a CPU."""
     if options.memory_bytes is not None:
@@ -135,7 +140,7 @@ def _difference(
         return float("inf")
     finally:
         runner.pool = None
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    return logit_difference(expected, found)
 
 
 def _logits(runner: SharedContextRunner, prompts: Prompts) -> Tensor:

@@ -21,7 +21,7 @@ from server.engine.device.passes import BeamKV
 from server.engine.device.recognition import NotRecognisedError, recognise
 from server.engine.device.trial import TrialRunner
 from server.engine.kv_pool import KVPool, LayerShape
-from server.engine.pool_setup import PoolOptions, pool_bytes
+from server.engine.pool_setup import PoolOptions, logit_difference, pool_bytes
 from server.engine.positions import max_positions
 from server.engine.prefix_cache import PrefixCache
 from server.engine.runners import Runner
@@ -86,9 +86,7 @@ def build_device_engine(
         try:
             decoder = make()
             candidate = DeviceModel(model, item_tokens, decoder, trial)
-            found = probe(TrialRunner(candidate))
-            scale = float(expected.abs().max().clamp(min=1.0))
-            difference = float((expected - found).abs().max()) / scale
+            difference = logit_difference(expected, probe(TrialRunner(candidate)))
         except NotRecognisedError as why:
             logger.info("the model is not run %s: %s", name, why)
             continue
