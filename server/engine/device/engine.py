@@ -193,10 +193,12 @@ class DeviceEngine(EngineBase):
         results: list[Answer | None] = list(prepared.faults)
         cached = [0] * len(results)
         seconds = [0.0, 0.0]
-        left = [place for place, row in enumerate(prepared.rows) if has_left(row)]
-        for place in left:
-            results[prepared.rows[place]] = LEFT
-        wanted = [place for place in range(len(prepared.rows)) if place not in set(left)]
+        wanted = []
+        for place, row in enumerate(prepared.rows):
+            if has_left(row):
+                results[row] = LEFT
+            else:
+                wanted.append(place)
         lengths = [prepared.requests[place].prompt_length for place in wanted]
         pool = self._model.pool
         try:

@@ -19,7 +19,13 @@ from server.engine.device.passes import PromptPass
 from server.engine.kv_pool import KVPool
 
 _ALIGNED = 32  # int32 values: fields begin at multiples of 128 bytes, as kernels are compiled for
+
 Ints = NDArray[np.int32]
+
+
+def aligned(length: int) -> int:
+    """Room for so many int32 values, up to where the next field may begin."""
+    return -(-length // _ALIGNED) * _ALIGNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,7 @@ class PromptBlock:
         size = 0
         for name, length in capacity.fields().items():
             self._places[name] = slice(size, size + length)
-            size += -(-length // _ALIGNED) * _ALIGNED
+            size += aligned(length)
         self._size = size
         self._block = torch.zeros(size, dtype=torch.int32, device=pool.device)
         view = {name: self._block[place] for name, place in self._places.items()}

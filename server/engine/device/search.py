@@ -19,9 +19,8 @@ from rectokens.ops.beam_step import beam_step_, begin_search_, child_logits, fin
 from rectokens.schemas.search import SearchRequest
 from server.engine.device.model import DeviceModel
 from server.engine.device.passes import BeamKV, BeamPass
+from server.engine.device.prompt_rows import aligned
 from server.engine.prefix_cache import Lease
-
-_ALIGNED = 32  # int32 values: fields begin at multiples of 128 bytes
 
 
 class Search:
@@ -54,7 +53,7 @@ class Search:
         self.requests = RequestTables(batch, max_exclusions, device)
         self.hidden = torch.zeros(batch, model.hidden_size, dtype=model.dtype, device=device)
         # Lengths, places among the prompts and page table in one block: one copy.
-        self._field = -(-batch // _ALIGNED) * _ALIGNED
+        self._field = aligned(batch)
         size = 2 * self._field + batch * pages
         self._prompts = torch.zeros(size, dtype=torch.int32, device=device)
         self._lengths = self._prompts[:batch]
