@@ -13,11 +13,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from server.access.command import add_access_commands
-from server.flags import proxy_fields, setting_flags, with_setting_flags
+from server.flags import (
+    USAGE_ERROR,
+    fail,
+    proxy_fields,
+    setting_flags,
+    settings_or_exit,
+    with_setting_flags,
+)
 from server.job_commands import add_job_commands
-from server.settings import Settings, SettingsError, load_settings
-
-USAGE_ERROR = 2
+from server.settings import Settings, SettingsError
 
 app = typer.Typer(
     name="server",
@@ -238,20 +243,6 @@ def serve_until_signal(
         fail(str(error), 1)
     except SettingsError as error:
         fail(str(error), USAGE_ERROR)
-    raise typer.Exit(code)
-
-
-def settings_or_exit(flags: dict[str, Any]) -> Settings:
-    """The settings, or one message and exit code 2."""
-    try:
-        return load_settings(flags)
-    except SettingsError as error:
-        fail(str(error), USAGE_ERROR)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """End with one message on stderr."""
-    typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 

@@ -1,4 +1,7 @@
-"""Every setting as a command line flag: typer options made from the settings themselves."""
+"""Every setting as a command line flag: typer options made from the settings themselves.
+
+And how commands end that were given wrong ones.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,27 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 
-from server.settings import SettingField, setting_fields
+from server.settings import SettingField, Settings, SettingsError, load_settings, setting_fields
+
+USAGE_ERROR = 2
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one message on stderr."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def settings_or_exit(flags: dict[str, Any]) -> Settings:
+    """The settings, or one message and exit code 2."""
+    try:
+        return load_settings(flags)
+    except SettingsError as error:
+        fail(str(error), USAGE_ERROR)
 
 
 def with_setting_flags(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
-from server.flags import job_fields, setting_flags
-from server.settings import Settings, SettingsError, load_settings
+from server.flags import USAGE_ERROR, fail, job_fields, setting_flags, settings_or_exit
+from server.settings import SettingsError
 
 if TYPE_CHECKING:
     from server.jobs.types import JobKind
-
-USAGE_ERROR = 2
 
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")]
@@ -80,7 +78,7 @@ def reindex(
 
     Exit code: 0, 1 if it failed, 2 for options that are not allowed, 130 or 143 after a signal.
     """
-    settings = _settings(flags)
+    settings = settings_or_exit(flags)
 
     def run() -> int:
         from server.jobs.commands import located, run_command
@@ -188,7 +186,7 @@ def train_tokenizer(
 
     Exit code: 0, 1 if it failed, 2 for options that are not allowed, 130 or 143 after a signal.
     """
-    settings = _settings(flags)
+    settings = settings_or_exit(flags)
 
     def run() -> int:
         from server.jobs.commands import located, run_command
@@ -231,9 +229,9 @@ def jobs(
     Exit code: 0, 1 if that cannot be done or a job that is followed does not succeed, 2 for
     options that are not allowed.
     """
-    settings = _settings(flags)
+    settings = settings_or_exit(flags)
     if job_id is None and (cancel or restart or follow):
-        _fail("name the job", USAGE_ERROR)
+        fail("name the job", USAGE_ERROR)
 
     def run() -> int:
         from server.jobs.commands import list_jobs, one_job
@@ -255,7 +253,7 @@ def worker(flags: dict[str, Any]) -> None:
     Exit code: 0 after SIGTERM or SIGINT, 1 if the store or the jobs' database cannot be used, 2
     for a setting that is unknown or not allowed.
     """
-    settings = _settings(flags)
+    settings = settings_or_exit(flags)
 
     def run() -> int:
         from server.jobs.worker import run_worker
@@ -268,7 +266,7 @@ def worker(flags: dict[str, Any]) -> None:
 def _run(
     flags: dict[str, Any], kind: str, params: dict[str, Any], printed: str, as_json: bool
 ) -> None:
-    settings = _settings(flags)
+    settings = settings_or_exit(flags)
 
     def run() -> int:
         from server.jobs.commands import run_command
@@ -280,13 +278,6 @@ def _run(
     _guarded(run)
 
 
-def _settings(flags: dict[str, Any]) -> Settings:
-    try:
-        return load_settings(flags)
-    except SettingsError as error:
-        _fail(str(error), USAGE_ERROR)
-
-
 def _guarded(run: Callable[[], int]) -> NoReturn:
     """End with the exit code, or with one message for what a user can mend."""
     from rectokens.artifacts.errors import ArtifactError
@@ -296,12 +287,7 @@ def _guarded(run: Callable[[], int]) -> NoReturn:
     try:
         code = run()
     except (SettingsError, InvalidJobError) as error:
-        _fail(str(error), USAGE_ERROR)
+        fail(str(error), USAGE_ERROR)
     except (ArtifactError, BackendError, JobConflictError, UnknownJobError, OSError) as error:
-        _fail(str(error), 1)
-    raise typer.Exit(code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+        fail(str(error), 1)
     raise typer.Exit(code)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from server.access.keys import ApiKey, KeysFileError, check_name, digest_of, new_key, parse_keys
+from server.flags import USAGE_ERROR, fail
 
 _DAY_S = 86_400
 
@@ -40,7 +41,7 @@ def new_key_command(
     try:
         check_name(name)
     except ValueError as error:
-        _fail(str(error), 2)
+        fail(str(error), USAGE_ERROR)
     key = new_key()
     entry = ApiKey(
         name,
@@ -51,9 +52,9 @@ def new_key_command(
     try:
         add_to_file(file, entry)
     except KeysFileError as error:
-        _fail(f"{file}: {error}", 1)
+        fail(f"{file}: {error}", 1)
     except OSError as error:
-        _fail(f"{file}: {error.strerror or error}", 1)
+        fail(f"{file}: {error.strerror or error}", 1)
     typer.echo(key)
 
 
@@ -70,8 +71,3 @@ def add_to_file(path: Path, entry: ApiKey) -> None:
         line = (b"" if not before or before.endswith(b"\n") else b"\n") + entry.line().encode()
         parse_keys(before + line)
         file.write(line + b"\n")
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
