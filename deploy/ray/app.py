@@ -65,12 +65,10 @@ def build(args: ServeConfig | dict[str, Any]) -> serve.Application:
 
 
 def _replicas(variant: Variant, settings: Settings) -> serve.Deployment:
-    batching = settings.batching
     options: dict[str, Any] = {
         "name": variant.name,
         "ray_actor_options": {"num_cpus": variant.num_cpus, "num_gpus": variant.num_gpus},
-        # What waits is for the service to bound: it answers 429 with the time to come back.
-        "max_ongoing_requests": 2 * batching.max_queued_requests + batching.max_requests,
+        "max_ongoing_requests": _most_ongoing(settings),
         "logging_config": _LOGGING,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
@@ -101,14 +99,20 @@ def _routers(config: ServeConfig, settings: dict[str, Settings]) -> serve.Deploy
         name=ROUTER,
         num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": config.router.num_cpus},
-        max_ongoing_requests=sum(
-            2 * one.batching.max_queued_requests + one.batching.max_requests for one in every
-        ),
+        max_ongoing_requests=sum(map(_most_ongoing, every)),
         logging_config=_LOGGING,
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=max(one.drain_timeout_s for one in every) + _AFTER_DRAIN_S,
     )(serve.ingress()(RouterReplica))
+
+
+def _most_ongoing(settings: Settings) -> int:
+    """Requests that Ray gives a replica at once.
+
+    What waits is for the service to bound: it answers 429 with the time to come back.
+    """
+    return 2 * settings.batching.max_queued_requests + settings.batching.max_requests
 
 
 def _own_replica() -> str:
@@ -254,5 +258,5 @@ def _lost_or_same(error: Exception) -> Exception:
     """What Ray says when a replica has gone, as one error; anything else unchanged."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, _LOST):
-        return ReplicaLostError(f"{type(cause).__name__}")
+        return ReplicaLostError(type(cause).__name__)
     return error
