@@ -22,7 +22,7 @@ from loadtest.users import ClosedLoopUser, OpenLoopUser, RectokensUser, Session
 
 _log = logging.getLogger(__name__)
 
-_CANNOT_RUN = 2
+CANNOT_RUN = 2
 # Requests still unanswered at the end of an open loop get so long.
 _FINISH_S = 15.0
 _LATE_S = 0.05
@@ -131,7 +131,7 @@ def _judge(environment: Environment, **_: Any) -> None:
 
 def _give_up(environment: Environment, error: LoadTestError) -> None:
     _log.error("%s", error)
-    environment.process_exit_code = _CANNOT_RUN
+    environment.process_exit_code = CANNOT_RUN
     if environment.runner is not None:
         # Locust is not to be stopped while it starts.
         gevent.spawn_later(1.0, environment.runner.quit)

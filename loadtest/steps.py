@@ -17,7 +17,7 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 
 from loadtest.figures import Counts, Step, knee
-from loadtest.locustfile import ClosedLoopUser, OpenLoopUser, thresholds_of
+from loadtest.locustfile import CANNOT_RUN, ClosedLoopUser, OpenLoopUser, thresholds_of
 from loadtest.stats import counts_of
 
 # Locust looks for users among the names of its file.
@@ -83,7 +83,7 @@ def _report(environment: Environment, **_: Any) -> None:
             writer.writeheader()
             writer.writerows(step.row() for step in shape.done)
     found = knee(shape.done, thresholds_of(environment))
-    if environment.process_exit_code == 2:
+    if environment.process_exit_code == CANNOT_RUN:
         return
     if found is None:
         _log.error("no knee: the first step breaks a threshold already")
