@@ -9,7 +9,7 @@ from typing import Any
 from examples.data.amazon import AmazonReviews
 from examples.finetune.frame import chat_recipe
 from examples.finetune.retrieval import ItemCatalog
-from examples.trainer.card import commit_of, model_card
+from examples.trainer.card import commit_of, data_facts, model_card
 from rectokens.artifacts.manifest import ParentRef
 from rectokens.artifacts.model import RetrievalSpec, save_model
 from rectokens.artifacts.open_store import open_release_store
@@ -82,13 +82,7 @@ def write_release(
     card = model_card(
         summary=_SUMMARY,
         protocol=_PROTOCOL,
-        data={
-            "name": data.name,
-            "items": f"{len(data.item_ids):,}",
-            "users": f"{len(reviews.leave_one_out.train):,}",
-            "users left out (fewer than three items)": reviews.skipped_users,
-            "collision rate of the semantic IDs": f"{quality['collision_rate']:.4f}",
-        },
+        data=data_facts(data, reviews.leave_one_out, quality["collision_rate"]),
         parameters=sum(p.numel() for p in model.parameters()),
         settings=settings,
         report=report,

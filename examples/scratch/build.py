@@ -30,7 +30,7 @@ from examples.scratch.stream import WindowStream
 from examples.scratch.teacher import Teacher
 from examples.scratch.trainer import ScratchTrainer, Weights, training_arguments
 from examples.scratch.windows import Histories
-from examples.trainer.card import commit_of, model_card
+from examples.trainer.card import commit_of, data_facts, model_card
 from examples.trainer.checkpoints import last_checkpoint
 from rectokens.artifacts.manifest import ParentRef
 from rectokens.artifacts.model import RetrievalSpec, save_model
@@ -242,13 +242,7 @@ def train_release(data: DemoData, folder: Path, recipe: Recipe, options: RunOpti
     card = model_card(
         summary=_SUMMARY,
         protocol=_PROTOCOL,
-        data={
-            "name": data.name,
-            "items": f"{len(data.item_ids):,}",
-            "users": f"{len(split.train):,}",
-            "users left out (fewer than three items)": split.skipped,
-            "collision rate of the semantic IDs": f"{items.report['collision_rate']:.4f}",
-        },
+        data=data_facts(data, split, items.report["collision_rate"]),
         parameters=parameters,
         settings=recipe.flat(),
         report=report,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.demo.data import DemoData, Split
+
 
 def model_card(
     *,
@@ -25,7 +27,7 @@ def model_card(
     Args:
         summary: what the model is; ``{parameters}`` stands for their number.
         protocol: paragraphs before the figures: how they were made.
-        data: name and counts.
+        data: as of :func:`data_facts`.
         parameters: of the model.
         settings: every gin parameter, by its dotted name.
         report: how training went.
@@ -64,6 +66,17 @@ def model_card(
     lines += ["", "## Training", "", *_table({**report, "commit": commit}, "what", "value")]
     lines += ["", "## Parameters", "", *_table(settings, "parameter", "value"), ""]
     return "\n".join(lines)
+
+
+def data_facts(data: DemoData, split: Split, collision_rate: float) -> dict[str, Any]:
+    """What a card tells of the data: name, counts, and how well semantic IDs tell items apart."""
+    return {
+        "name": data.name,
+        "items": f"{len(data.item_ids):,}",
+        "users": f"{len(split.train):,}",
+        "users left out (fewer than three items)": split.skipped,
+        "collision rate of the semantic IDs": f"{collision_rate:.4f}",
+    }
 
 
 def commit_of(folder: Path) -> str:
