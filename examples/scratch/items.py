@@ -31,14 +31,12 @@ class CodedItems:
 
     Attributes:
         codes: int64 (N, L), row r being the data's.
-        codebook_size: K.
         catalog: of all items, ordered in a leaf by training count.
         catalog_version, tokenizer_version, fingerprint: of the artifacts.
         report: quality of the codes, see :func:`rectokens.tokenizers.quality.quality_report`.
     """
 
     codes: Tensor
-    codebook_size: int
     catalog: Catalog
     catalog_version: str
     tokenizer_version: str
@@ -82,7 +80,7 @@ def code_items(
     if note.exists():
         earlier = json.loads(note.read_text(encoding="utf-8"))
         if earlier["made_from"] == made_from:
-            return _load(data, settings, store, earlier)
+            return _load(data, store, earlier)
     vectors = item_vectors(
         data.embeddings,
         train,
@@ -128,14 +126,10 @@ def code_items(
     with atomic_file(note) as partial:
         versions = {"tokenizer": saved.name, "catalog": catalog_path.name}
         partial.write_text(json.dumps({"made_from": made_from, **versions}), encoding="utf-8")
-    return CodedItems(
-        codes, settings.codebook_size, catalog, catalog_path.name, saved.name, fingerprint, report
-    )
+    return CodedItems(codes, catalog, catalog_path.name, saved.name, fingerprint, report)
 
 
-def _load(
-    data: DemoData, settings: CodesSettings, store: ArtifactStore, versions: dict[str, str]
-) -> CodedItems:
+def _load(data: DemoData, store: ArtifactStore, versions: dict[str, str]) -> CodedItems:
     """What was written before.
 
     Raises:
@@ -150,7 +144,6 @@ def _load(
         raise ValueError(f"the catalog of this run has no item {missing!r}, which the data names")
     return CodedItems(
         catalog.codes_of(index).long(),
-        settings.codebook_size,
         catalog,
         versions["catalog"],
         versions["tokenizer"],
