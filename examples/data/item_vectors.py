@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from examples.data.neighbours import nearest_texts, pairs_by_gap
+
 _REACH = 5
 _NEIGHBOURS = 20
 # Shares of what an item's own users tell and of what those of similar items do; squares add to 1.
@@ -53,12 +55,10 @@ def _behaviour(
     is smoothed with the usual power of 0.75 (Levy, Goldberg & Dagan 2015).
     """
     rows, columns, weights = [], [], []
-    for history in train:
-        items = np.asarray(history)
-        for gap in range(1, min(_REACH, len(items) - 1) + 1):
-            rows += [items[:-gap], items[gap:]]
-            columns += [items[gap:], items[:-gap]]
-            weights.append(np.full(2 * (len(items) - gap), 1.0 / gap))
+    for gap, before, after in pairs_by_gap(train, _REACH):
+        rows += [before, after]
+        columns += [after, before]
+        weights.append(np.full(2 * len(before), 1.0 / gap))
     if not rows:
         return torch.zeros(num_items, dims)
     places = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(columns)]))
@@ -88,13 +88,6 @@ def _behaviour(
 def _of_neighbours(text: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Mean behaviour of the items of most similar text, near ones counting more."""
     out = torch.zeros_like(own)
-    count = min(_NEIGHBOURS, len(text) - 1)
-    if count < 1:
-        return out
-    for first in range(0, len(text), 2048):
-        similar = text[first : first + 2048] @ text.T
-        index = torch.arange(len(similar))
-        similar[index, first + index] = -torch.inf
-        weights, near = similar.topk(count, dim=1)
-        out[first : first + 2048] = (weights.clamp(min=0.0) ** 4)[:, None].bmm(own[near])[:, 0]
+    for row, cosines, near in nearest_texts(text, _NEIGHBOURS):
+        out[row] = (cosines.clamp(min=0.0) ** 4)[:, None].bmm(own[near])[:, 0]
     return out

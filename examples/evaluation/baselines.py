@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.data.neighbours import pairs_by_gap
 from server.demo.data import HeldOut, item_counts
 
 Scorer = Callable[[Sequence[Sequence[int]]], NDArray[np.floating]]
@@ -59,12 +60,10 @@ def links(
 def markov_links(train: Sequence[Sequence[int]], num_items: int, reach: int = 1) -> Links:
     """How often an item came after another: 1 / gap for each time, up to ``reach`` apart."""
     rows, columns, weights = [], [], []
-    for history in train:
-        items = np.asarray(history, dtype=np.int64)
-        for gap in range(1, min(reach, len(items) - 1) + 1):
-            rows.append(items[:-gap])
-            columns.append(items[gap:])
-            weights.append(np.full(len(items) - gap, 1.0 / gap))
+    for gap, before, after in pairs_by_gap(train, reach):
+        rows.append(before)
+        columns.append(after)
+        weights.append(np.full(len(before), 1.0 / gap))
     return links(_joined(rows), _joined(columns), _joined(weights, np.float64), num_items)
 
 

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from examples.data.batch import PADDING
+from examples.data.neighbours import nearest_texts, pairs_by_gap
 from examples.scratch.settings import TeacherSettings
-from examples.scratch.windows import PADDING
 
 NO_TARGET = -1
 
@@ -124,11 +125,9 @@ def _pairs(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Pairs ``before * N + after`` up to ``reach`` apart, and ``gap_decay ** (gap - 1)`` each."""
     pairs, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-    for history in train:
-        items = np.asarray(history, dtype=np.int64)
-        for gap in range(1, min(reach, len(items) - 1) + 1):
-            pairs.append(items[:-gap] * num_items + items[gap:])
-            weights.append(np.full(len(items) - gap, gap_decay ** (gap - 1)))
+    for gap, before, after in pairs_by_gap(train, reach):
+        pairs.append(before * num_items + after)
+        weights.append(np.full(len(before), gap_decay ** (gap - 1)))
     return np.concatenate(pairs), np.concatenate(weights)
 
 
@@ -137,16 +136,10 @@ def _near_texts(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Pairs of each item and its ``count`` nearest texts, with shares of likeness ** power."""
     unit = torch.nn.functional.normalize(torch.from_numpy(texts), dim=1)
-    num_items = len(unit)
-    count = min(count, num_items - 1)
     pairs, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-    for first in range(0, num_items if count > 0 else 0, 2048):
-        similar = unit[first : first + 2048] @ unit.T
-        row = torch.arange(len(similar))
-        similar[row, first + row] = -torch.inf
-        values, near = similar.topk(count, dim=1)
-        raised = values.double().clamp(min=0.0) ** power
+    for row, cosines, near in nearest_texts(unit, count):
+        raised = cosines.double().clamp(min=0.0) ** power
         shares = raised / raised.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        pairs.append(((first + row)[:, None] * num_items + near).flatten().numpy())
+        pairs.append((row[:, None] * len(unit) + near).flatten().numpy())
         weights.append(shares.flatten().numpy())
     return np.concatenate(pairs), np.concatenate(weights)
