@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from examples.data.amazon import AmazonReviews
+from examples.data.batch import PADDING
 from examples.data.precomputed import PrecomputedSequenceDataset
 from examples.evaluation.ranks import Searches
 from examples.finetune.samples import begins_with_item
@@ -18,11 +19,10 @@ from rectokens.catalog.build import build_catalog
 from rectokens.catalog.catalog import Catalog
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest
+from server.demo.baselines import figures_of_ranks
 from server.demo.data import item_counts
 from server.engine.engine import Engine
 from server.engine.runners import PerBeamRunner
-
-_PADDING = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ def sample_searches(
         excluded = None
         if exclude_history:
             history = samples.meta["histories"][at]
-            excluded = items.place[history[history != _PADDING]].unique()
+            excluded = items.place[history[history != PADDING]].unique()
         requests.append(
             SearchRequest(
                 # The start token is asked for, so it ends the prompt.
@@ -111,10 +111,7 @@ def sample_searches(
 
 def recalls(ranks: Sequence[int | None], at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Share of ranks up to each k."""
-    return {
-        f"recall@{k}": sum(rank is not None and rank <= k for rank in ranks) / len(ranks)
-        for k in at
-    }
+    return {f"recall@{k}": figures_of_ranks(ranks, k).recall for k in at}
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from examples.data.batch import PADDING
 from examples.scratch.settings import AugmentationSettings
 
-PADDING = -1
 _LENGTHS_TOGETHER = 6
 _LEAST_THINNED = 2
 
