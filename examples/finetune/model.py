@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.data.precomputed import PrecomputedSequenceDataset
 from rectokens.integrations.hf import ItemAwareCausalLM, ItemAwareTokenizer
@@ -78,8 +78,6 @@ def load_model(
     Raises:
         ValueError: without ``expand``, a model with another number of rows.
     """
-    from transformers import AutoModelForCausalLM
-
     inner: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     rows = int(inner.get_input_embeddings().weight.shape[0])
     if not expand and rows != tokenizer.vocab_size:
@@ -106,6 +104,22 @@ def require_same_vocabulary(
             raise ValueError(
                 f"{path} was made for {name} {found}; the model's tokenizer has {wanted}"
             )
+
+
+def require_same_item_tokenizer(
+    samples: PrecomputedSequenceDataset, path: str | Path, fingerprint: str
+) -> None:
+    """Refuse samples that were made with another item tokenizer, where the file says with which.
+
+    Raises:
+        ValueError: names the file, and the beginnings of both fingerprints.
+    """
+    made_with = samples.meta.get("tokenizer_fingerprint", fingerprint)
+    if made_with != fingerprint:
+        raise ValueError(
+            f"{path} was made with the item tokenizer {made_with[:12]}; the one given is "
+            f"{fingerprint[:12]}"
+        )
 
 
 def train_item_rows_only(model: Any, first: int) -> None:

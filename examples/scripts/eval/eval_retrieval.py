@@ -38,7 +38,7 @@ from examples.evaluation.release import (
 )
 from examples.finetune.chat_model import ChatModel, load_chat_model
 from examples.finetune.generated import generated_ranks
-from examples.finetune.model import require_same_vocabulary
+from examples.finetune.model import require_same_item_tokenizer, require_same_vocabulary
 from examples.finetune.retrieval import sample_searches, search_in_training
 from examples.utils import run
 from rectokens.cli.progress import progress_bar
@@ -203,12 +203,7 @@ def _model_ranks(
 ) -> Ranks:
     samples = PrecomputedSequenceDataset(path)
     require_same_vocabulary(samples, path, loaded.tokenizer)
-    made_with = samples.meta.get("tokenizer_fingerprint", loaded.fingerprint)
-    if made_with != loaded.fingerprint:
-        raise ValueError(
-            f"{path} was made with the item tokenizer {made_with[:12]}; the one given is "
-            f"{loaded.fingerprint[:12]}"
-        )
+    require_same_item_tokenizer(samples, path, loaded.fingerprint)
     ranks: dict[str, list[int | None]] = {}
     for title, excluded in MODES.items():
         if excluded and "histories" not in samples.meta:

@@ -23,6 +23,7 @@ from examples.finetune.model import (
     LoraSettings,
     load_model,
     load_text_tokenizer,
+    require_same_item_tokenizer,
     require_same_vocabulary,
     train_item_rows_only,
     with_adapters,
@@ -149,12 +150,7 @@ def train(
             item_tok_path, item_tok_type, num_levels=num_levels, codebook_size=codebook_size
         )
         fingerprint = tokenizer_fingerprint(item_tok)
-        made_with = samples.meta.get("tokenizer_fingerprint", fingerprint)
-        if made_with != fingerprint:
-            raise ValueError(
-                f"{precomputed_path} was made with the item tokenizer {made_with[:12]}; "
-                f"{item_tok_path} is {fingerprint[:12]}"
-            )
+        require_same_item_tokenizer(samples, precomputed_path, fingerprint)
         reviews = AmazonReviews(amazon_root, amazon_split)
         vectors = reviews.vectors(
             features, behaviour_weight=behaviour_weight, behaviour_dims=behaviour_dims
