@@ -45,10 +45,9 @@ def generate_codes(
         loaded.model, loaded.trie, ids, config, attr_path, return_scores=True
     )
     tokens = loaded.tokenizer.item_tokens
-    levels = torch.arange(tokens.num_levels, device=found.device) * tokens.level_stride
-    codes = (found[0] - tokens.offset - levels).tolist()
-    kept = [at for at, row in enumerate(found[0].tolist()) if row[0] >= 0]
-    return [codes[at] for at in kept], [float(scores[0, at]) for at in kept]
+    rows = zip(found[0].tolist(), scores[0].tolist(), strict=True)
+    kept = [(list(tokens.decode(row)), score) for row, score in rows if row[0] >= 0]
+    return [codes for codes, _ in kept], [score for _, score in kept]
 
 
 def generated_ranks(
