@@ -17,7 +17,6 @@ SEQUENCE_TEMPLATES = (
     "description_sequence_to_sid_and_description",
     "sid_sequence_to_sid_and_description",
 )
-ITEM_TEMPLATES = ("description_to_sid", "sid_to_description")
 
 
 @dataclass(frozen=True, slots=True)
