@@ -151,7 +151,8 @@ class _Run:
         self.child_pid: int | None = None
 
     def to_the_end(self, ending: threading.Event) -> Job:
-        process, connection = self._start()
+        begun = self._start()
+        process, connection = begun.process, begun.connection
         self.child_pid = process.pid
         self._owner = self._owner.next(process.pid)
         started = time.monotonic()
@@ -176,18 +177,15 @@ class _Run:
                 self._write(moment)
             process.join(self._settings.jobs.cancel_grace_s + 1.0)
         finally:
-            if process.is_alive():
-                process.kill()
-                process.join()
-            connection.close()
+            begun.end()
         return self._conclude(process.exitcode, putting_back)
 
-    def _start(self) -> tuple[SpawnProcess, Connection]:
+    def _start(self) -> JobProcess:
         params = self._ledger.params(self._job.id).model_dump_json(exclude_unset=True).encode()
-        process = self._begin()
+        begun = self._begin()
         with suppress(OSError):  # it has died already; whoever listens to it finds that out
-            process.order(self._job.kind, params, self._errors)
-        return process.process, process.connection
+            begun.order(self._job.kind, params, self._errors)
+        return begun
 
     def _receive(self, connection: Connection) -> bool:
         """Take in messages for the length of a tick; whether there may be more."""
