@@ -209,9 +209,8 @@ def _headers(request: Request, proxy: Proxy) -> dict[str, str]:
     authorization = request.headers.get("authorization")
     if authorization is not None and proxy.settings.forward_authorization:
         headers["Authorization"] = authorization
-    spans = request.app.state.spans
-    if isinstance(spans, Spans):
-        spans.pass_on(headers)
+    spans: Spans = request.app.state.spans
+    spans.pass_on(headers)
     return headers
 
 
