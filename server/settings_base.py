@@ -13,6 +13,11 @@ class SettingsGroup(BaseModel):
     )
 
 
+def can_be_sent(key: str) -> bool:
+    """Whether a header can carry the key: printable ASCII, without blanks."""
+    return key.isascii() and key.isprintable() and " " not in key
+
+
 def split_commas(value: object) -> object:
     """What stands between commas, as a flag or a variable has it."""
     if isinstance(value, str):

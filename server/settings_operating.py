@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from server.settings_base import SettingsGroup, split_commas
+from server.access.keys import MAX_REQUESTS_PER_MINUTE
+from server.settings_base import SettingsGroup, can_be_sent, split_commas
 
 MIN_ADMIN_KEY_CHARS = 16
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -21,7 +22,7 @@ def require_admin_key(key: str, name: str) -> None:
     Raises:
         ValueError: too short, or not printable ASCII; does not tell the key.
     """
-    if len(key) < MIN_ADMIN_KEY_CHARS or not (key.isascii() and key.isprintable()) or " " in key:
+    if len(key) < MIN_ADMIN_KEY_CHARS or not can_be_sent(key):
         raise ValueError(
             f"{name} has {len(key)} characters; allowed are at least {MIN_ADMIN_KEY_CHARS} of "
             "printable ASCII, without blanks"
@@ -213,7 +214,7 @@ class AccessSettings(SettingsGroup):
     requests_per_minute: int | None = Field(
         default=None,
         ge=1,
-        le=10_000_000,
+        le=MAX_REQUESTS_PER_MINUTE,
         description="Requests a minute that one caller may make, unless its line in the file of "
         "keys names another number; more is a 429. Unset is no limit.",
     )

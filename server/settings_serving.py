@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from server.settings_base import SettingsGroup, split_commas
+from server.settings_base import SettingsGroup, can_be_sent, split_commas
 
 # Another name of one setting, known from elsewhere; ours wins where both are set.
 COMPRESSION_ALIAS = "SGP_EMBEDDING_COMPRESSION"
@@ -331,7 +331,6 @@ class ProxySettings(SettingsGroup):
     @field_validator("upstream_key")
     @classmethod
     def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
-        key = "x" if value is None else value.get_secret_value()
-        if not (key.isascii() and key.isprintable()) or " " in key:
+        if value is not None and not can_be_sent(value.get_secret_value()):
             raise ValueError("allowed is printable ASCII, without blanks")
         return value

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from server.access.keys import ApiKey, KeysFileError, check_name, digest_of, new_key, parse_keys
+from server.access.keys import (
+    MAX_REQUESTS_PER_MINUTE,
+    ApiKey,
+    KeysFileError,
+    check_name,
+    digest_of,
+    new_key,
+    parse_keys,
+)
 from server.flags import USAGE_ERROR, fail
 
 _DAY_S = 86_400
@@ -25,7 +33,11 @@ def new_key_command(
     file: Annotated[Path, typer.Option(help="File of keys; made if there is none.")],
     requests_per_minute: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000_000, help="Limit of this caller, instead of the service's."),
+        typer.Option(
+            min=1,
+            max=MAX_REQUESTS_PER_MINUTE,
+            help="Limit of this caller, instead of the service's.",
+        ),
     ] = None,
     expires_days: Annotated[
         float | None, typer.Option(min=0, max=36_500, help="Days after which the key ends.")

@@ -18,10 +18,11 @@ from types import MappingProxyType
 KEY_PREFIX = "rtk_"
 # Room for some thousand keys; callers are kept in memory, and each has its metrics.
 MAX_FILE_BYTES = 1 << 20
+# Of one caller.
+MAX_REQUESTS_PER_MINUTE = 10_000_000
 _KEY_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
-_MAX_PER_MINUTE = 10_000_000
 
 
 class KeysFileError(ValueError):
@@ -147,9 +148,9 @@ def _parse_line(parts: list[str], allowed: Sequence[str]) -> ApiKey:
 def _per_minute(value: str | None) -> int | None:
     if value is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,8}", value) or not 1 <= int(value) <= _MAX_PER_MINUTE:
+    if not re.fullmatch(r"[0-9]{1,8}", value) or not 1 <= int(value) <= MAX_REQUESTS_PER_MINUTE:
         raise ValueError(
-            f"requests_per_minute is {value[:40]!r}; allowed are 1 to {_MAX_PER_MINUTE}"
+            f"requests_per_minute is {value[:40]!r}; allowed are 1 to {MAX_REQUESTS_PER_MINUTE}"
         )
     return int(value)
 
