@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rectokens.prompts import params as check
-from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, PromptTooLongError
+from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
 from rectokens.prompts.sequence import IGNORED_LABEL
-from rectokens.prompts.truncation import block_of, items_to_drop
+from rectokens.prompts.truncation import items_to_drop, items_to_drop_within
 from rectokens.schemas.item_tokens import ItemTokens
 
 NAME = "framed_history"
@@ -77,15 +77,13 @@ class FramedHistoryBuilder:
         items = _items_only(parts)
         dropped = items_to_drop(len(items), self._max_items, self._block_items)
         if max_tokens is not None:
-            room = (max_tokens - self._bare_tokens) // self._tokens_of_item
-            least = min(len(items), 1)
-            if room < least or max_tokens < self._bare_tokens:
-                tokens = self._bare_tokens + least * self._tokens_of_item
-                raise PromptTooLongError(
-                    f"the prompt has {tokens} tokens even with "
-                    f"{'the newest item only' if least else 'no item'}; at most {max_tokens} fit"
-                )
-            dropped = max(dropped, items_to_drop(len(items), room, block_of(room)) if items else 0)
+            within = items_to_drop_within(
+                max_tokens,
+                len(items),
+                bare_tokens=self._bare_tokens,
+                tokens_of_item=self._tokens_of_item,
+            )
+            dropped = max(dropped, within)
         ids = list(self._head)
         for item in items[dropped:]:
             ids += [*self._before, self._items.start_token_id, *self.target(item.codes)]

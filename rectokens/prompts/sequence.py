@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, PromptTooLongError
-from rectokens.prompts.truncation import block_of, items_to_drop
+from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
+from rectokens.prompts.truncation import items_to_drop, items_to_drop_within
 from rectokens.schemas.item_tokens import ItemTokens
 
 IGNORED_LABEL = -100
@@ -118,7 +118,14 @@ class SequencePromptBuilder:
         num_items = items_dropped + sum(is_item for is_item, _ in pieces)
         over = 0
         if max_tokens is not None:
-            over = self._dropped_within(max_tokens, num_items, text_tokens) - items_dropped
+            over = items_to_drop_within(
+                max_tokens,
+                num_items,
+                bare_tokens=self._bare_tokens,
+                tokens_of_item=self._tokens_of_item,
+                text_tokens=text_tokens,
+            )
+            over -= items_dropped
         ids = list(self._head)
         for is_item, piece in pieces:
             if is_item and over > 0:
@@ -129,20 +136,6 @@ class SequencePromptBuilder:
         ids.append(self._item_tokens.start_token_id)
         used = num_items - items_dropped
         return BuiltPrompt(tuple(ids), used, items_dropped, texts_dropped + texts_cut)
-
-    def _dropped_within(self, max_tokens: int, num_items: int, text_tokens: int) -> int:
-        """Oldest items of a history to leave out for a prompt of at most ``max_tokens``."""
-        space = max_tokens - self._bare_tokens
-        room = (space - text_tokens) // self._tokens_of_item
-        least = min(num_items, 1)
-        if room < least:
-            tokens = self._bare_tokens + text_tokens + least * self._tokens_of_item
-            raise PromptTooLongError(
-                f"the prompt has {tokens} tokens even with "
-                f"{'the newest item only' if least else 'no item'}; at most {max_tokens} fit"
-            )
-        # Texts come and go; blocks of a size that depends on the limit alone stay in place.
-        return items_to_drop(num_items, room, block_of(space // self._tokens_of_item))
 
     def target(self, codes: Sequence[int]) -> list[int]:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""

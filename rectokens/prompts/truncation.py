@@ -7,6 +7,8 @@ of the history: while it grows, its prompt keeps its beginning until the next bl
 
 from __future__ import annotations
 
+from rectokens.prompts.parts import PromptTooLongError
+
 # Of the items that a limit leaves room for. A history at the limit keeps three quarters of them or
 # more, and its prompt begins anew once every quarter.
 _BLOCKS_OF_ROOM = 4
@@ -32,3 +34,36 @@ def items_to_drop(num_items: int, room: int, block: int) -> int:
 def block_of(room: int) -> int:
     """Items of a block where a limit leaves room for so many: a quarter, at least 1."""
     return max(room // _BLOCKS_OF_ROOM, 1)
+
+
+def items_to_drop_within(
+    max_tokens: int,
+    num_items: int,
+    *,
+    bare_tokens: int,
+    tokens_of_item: int,
+    text_tokens: int = 0,
+) -> int:
+    """Oldest items of a history to leave out for a prompt of at most ``max_tokens``.
+
+    Args:
+        max_tokens: of the whole prompt.
+        num_items: of the history.
+        bare_tokens: of a prompt of nothing.
+        tokens_of_item: that each item adds.
+        text_tokens: that all texts add.
+
+    Raises:
+        PromptTooLongError: not even the newest item fits.
+    """
+    space = max_tokens - bare_tokens
+    room = (space - text_tokens) // tokens_of_item
+    least = min(num_items, 1)
+    if room < least:
+        tokens = bare_tokens + text_tokens + least * tokens_of_item
+        raise PromptTooLongError(
+            f"the prompt has {tokens} tokens even with "
+            f"{'the newest item only' if least else 'no item'}; at most {max_tokens} fit"
+        )
+    # Texts come and go; blocks of a size that depends on the limit alone stay in place.
+    return items_to_drop(num_items, room, block_of(space // tokens_of_item))
