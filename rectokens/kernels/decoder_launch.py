@@ -12,7 +12,6 @@ from rectokens.kernels import decoder_triton as kernels
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 MAX_NORM_SIZE = 16_384
 MAX_FP8_GATE = 32_768
 

@@ -120,8 +120,11 @@ def launch_nearest(
             BLOCK_D=min(256, max(16, triton.next_power_of_2(dim))),
             num_warps=4,
         )
-        search = _in_one if settings.parts == 1 or levels > 1 else _in_parts
-        search(x, codebooks, (high, low, squares), codes, distances, exact, with_distance, settings)
+        cut = (high, low, squares)
+        if settings.parts == 1 or levels > 1:
+            _in_one(x, codebooks, cut, codes, distances, exact, with_distance, settings)
+        else:
+            _in_parts(x, codebooks, cut, codes, distances, exact, settings)
     return codes, distances
 
 
@@ -165,7 +168,6 @@ def _in_parts(
     codes: Tensor,
     distances: Tensor,
     exact: bool,
-    with_distance: bool,
     settings: NearestSettings,
 ) -> None:
     """Programs share the codes; distances come with the comparison of what they find."""
