@@ -9,7 +9,6 @@ more often. Every size runs in a process of its own, so that the peak memory is 
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import platform
 import resource
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from examples.scripts.benchmark.kernel_timing import write_csv
 from rectokens.catalog.artifact import load_catalog, save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.catalog.edit_sets import put_constraint_sets
@@ -127,10 +127,7 @@ def main(
     )
     console.print(_table(rows))
     if output is not None:
-        with open(output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Figures)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_csv(output, [field.name for field in fields(Figures)], [asdict(row) for row in rows])
 
 
 def measure(case: Case) -> Figures:

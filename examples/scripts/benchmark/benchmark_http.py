@@ -17,7 +17,6 @@ Every request has a fresh random history, so that nothing of a prompt is cached.
 from __future__ import annotations
 
 import asyncio
-import csv
 import itertools
 import statistics
 import tempfile
@@ -49,6 +48,7 @@ from examples.scripts.benchmark.http_load import (
     open_loop,
     percentile,
 )
+from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape, write_random_release
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.demo.running import RunningServer, running_server
@@ -350,10 +350,7 @@ def main(
     where = torch.cuda.get_device_name() if device != "cpu" else "a CPU"
     console.print(table_of(rows, f"{model} in {dtype}, {where}; torch {torch.__version__}"))
     if output is not None:
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({k: round(v, 3) for k, v in row.items()} for row in rows)
+        write_csv(output, COLUMNS, [{k: round(v, 3) for k, v in row.items()} for row in rows])
 
 
 if __name__ == "__main__":

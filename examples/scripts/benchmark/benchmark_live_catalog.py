@@ -10,7 +10,6 @@ the new catalog. Nothing is mocked; the worker, the job's process and the server
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -39,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from examples.scripts.benchmark.kernel_timing import write_csv
 from rectokens.artifacts.model import RetrievalSpec, save_model
 from rectokens.artifacts.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from rectokens.catalog.sources import open_embeddings
@@ -152,10 +152,7 @@ def main(
     )
     console.print(table)
     if output is not None:
-        with open(output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Figures)])
-            writer.writeheader()
-            writer.writerows(asdict(one) for one in found)
+        write_csv(output, [field.name for field in fields(Figures)], [asdict(one) for one in found])
 
 
 def measure(case: Case, place: Path) -> Figures:

@@ -10,7 +10,6 @@ cache and without, in turn, so that a busy neighbour slows both; the answers are
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from examples.scripts.benchmark.kernel_timing import write_csv
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
@@ -228,10 +228,7 @@ def main(
     )
     console.print(report(rows, caption))
     if out is not None:
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(out, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ anew; otherwise the proxy is given the time to encode its table ahead. No prompt
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -32,6 +31,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.interop.vllm_prompt_embeds import free_port, running
 
 _WARM_REQUESTS = 5
@@ -255,10 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
                     records.append(record)
                     print(asdict(record), flush=True)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Record)])
-            writer.writeheader()
-            writer.writerows(asdict(record) for record in records)
+        write_csv(
+            options.csv,
+            [field.name for field in fields(Record)],
+            [asdict(record) for record in records],
+        )
     return records
 
 

@@ -14,7 +14,6 @@ machine does. Answers are compared first.
 from __future__ import annotations
 
 import asyncio
-import csv
 import itertools
 import platform
 import statistics
@@ -37,6 +36,7 @@ from examples.scripts.benchmark.benchmark_service import (
     release_or_random,
 )
 from examples.scripts.benchmark.http_load import Connections, Reply, closed_loop, percentile
+from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape
 from server.demo.running import running_server
 
@@ -206,10 +206,7 @@ def main(
         table.add_row(*map(str, row.values()))
     console.print(table)
     if output is not None:
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(output, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Load is bounded: at most --max-open requests are unanswered at any time.
 from __future__ import annotations
 
 import asyncio
-import csv
 import itertools
 import platform
 import random
@@ -46,6 +45,7 @@ from examples.scripts.benchmark.http_load import (
     open_loop,
     percentile,
 )
+from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape, make_random_release
 from rectokens.schemas.search import SearchResult
 from server.demo.running import running_server
@@ -402,10 +402,7 @@ def main(
         table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     if output is not None:
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, figures)
-            writer.writeheader()
-            writer.writerow(figures)
+        write_csv(output, list(figures), [figures])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ in turn. "During" are the requests that were on their way while the new catalog 
 from __future__ import annotations
 
 import asyncio
-import csv
 import os
 import platform
 import random
@@ -32,6 +31,7 @@ from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from examples.scripts.benchmark.http_load import percentile
+from examples.scripts.benchmark.kernel_timing import write_csv
 from rectokens.artifacts.model import RetrievalSpec, save_model
 from rectokens.artifacts.open_store import open_release_store
 from rectokens.artifacts.release_store import ReleaseStore
@@ -285,10 +285,11 @@ def main(
         results.append(replace(figures, new_model=new_model))
     print_table(results, Console(width=200))
     if csv_file is not None:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Figures)])
-            writer.writeheader()
-            writer.writerows(asdict(result) for result in results)
+        write_csv(
+            csv_file,
+            [field.name for field in fields(Figures)],
+            [asdict(result) for result in results],
+        )
 
 
 if __name__ == "__main__":

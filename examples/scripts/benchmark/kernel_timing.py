@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: two ways to time a call, CSV files, heatmaps."""
+"""What the kernel benchmarks share: two ways to time a call, heatmaps; and CSV files for all."""
 
 from __future__ import annotations
 
