@@ -206,7 +206,7 @@ class AllowedTokens:
 def by_generate(
     subject: Subject, request: SearchRequest
 ) -> tuple[dict[tuple[int, ...], float], float]:
-    """Semantic IDs with scores, and seconds, of Hugging Face beam search."""  # fmt: skip
+    """Semantic IDs with scores, and seconds, of Hugging Face beam search."""
     ids = torch.tensor([request.prompt], device=subject.device)
     trie, length = subject.trie, ids.shape[1]
     started = time.perf_counter()

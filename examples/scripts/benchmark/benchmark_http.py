@@ -36,6 +36,7 @@ from rich.table import Table
 
 from examples.scripts.benchmark.benchmark_prefix_cache import MODELS
 from examples.scripts.benchmark.benchmark_service import (
+    PATH,
     Histories,
     WrongAnswerError,
     overload_figures,
@@ -56,7 +57,6 @@ from server.recommender import prepare, present
 from server.release import Release, load_release
 from server.settings import Settings, load_settings
 
-PATH = "/v1/recommend"
 _DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "intermediate_size")  # fmt: skip
 COLUMNS = ("context", "beam", "clients", "requests_per_s", "median_ms", "p90_ms", "p99_ms",
@@ -302,8 +302,8 @@ def main(
     """Compare answers, then measure."""
     if model not in MODELS:
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
-    hidden, layers, heads, kv_heads, dim, inner = MODELS[model]
-    decoder = dict(zip(_DECODER, (hidden, layers, heads, kv_heads, dim, inner), strict=True))
+    decoder = dict(zip(_DECODER, MODELS[model], strict=True))
+    hidden, layers = decoder["hidden_size"], decoder["num_hidden_layers"]
     # A prompt is S a0 a1 a2 for each item, and S.
     sizes = {int(word): (int(word) - 1) // (levels + 1) for word in contexts.split(",")}
     shape = ReleaseShape(layers, hidden, items, levels, codebook_size, max(sizes.values()), seed=0)

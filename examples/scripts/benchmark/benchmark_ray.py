@@ -32,6 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.scripts.benchmark.benchmark_service import (
+    PATH,
+    WrongAnswerError,
     cpu_seconds,
     release_or_random,
 )
@@ -40,14 +42,9 @@ from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape
 from server.demo.running import running_server
 
-PATH = "/v1/recommend"
 PORT = 8_765
 SETTINGS = {"cpu_threads": 1, "log_level": "error", "engine.kv_memory_mib": 64}
 COMPARED = 8
-
-
-class WrongAnswerError(RuntimeError):
-    """The two do not answer the same; nothing is timed then."""
 
 
 @dataclass

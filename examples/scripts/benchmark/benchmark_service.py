@@ -61,7 +61,7 @@ KV_MEMORY_MIB = 64
 
 
 class WrongAnswerError(RuntimeError):
-    """The service does not answer what the engine does; nothing is timed then."""
+    """Two that should answer the same do not; nothing is timed then."""
 
 
 @dataclass(frozen=True, slots=True)
