@@ -186,17 +186,11 @@ def bounded_protocol(
         def close_in_time(self) -> None:
             """Close, and cut off if the client does not read what is still to be sent."""
             self.transport.close()
-            if self._write_timer is None:
-                self._write_timer = self.loop.call_later(
-                    limits.write_timeout_s, self._reader_is_slow
-                )
+            self._wait_for_reader()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            if self._write_timer is None:
-                self._write_timer = self.loop.call_later(
-                    limits.write_timeout_s, self._reader_is_slow
-                )
+            self._wait_for_reader()
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -280,6 +274,12 @@ def bounded_protocol(
             if not self.transport.is_closing():
                 limits.metrics.connection_closed("silent")
                 self.close_in_time()
+
+        def _wait_for_reader(self) -> None:
+            if self._write_timer is None:
+                self._write_timer = self.loop.call_later(
+                    limits.write_timeout_s, self._reader_is_slow
+                )
 
         def _reader_is_slow(self) -> None:
             self._write_timer = None
