@@ -8,7 +8,6 @@ kernels; block sizes are powers of two and bounded, so few variants are ever com
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from rectokens.kernels import constrained_triton as kernels
 from rectokens.kernels import selection_triton as selection
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,7 +143,7 @@ def launch_transition(
     # Rows are split until programs fill the device; every part looks at all children of its row.
     parts = min(triton.cdiv(width, block), max(1, triton.cdiv(2048, num_rows)), _MAX_PARTS)
     span = triton.cdiv(triton.cdiv(width, parts), block) * block
-    with _on(corrected.device):
+    with on_device(corrected.device):
         kernels.spread_kernel[(num_rows, triton.cdiv(width, span))](
             logits,
             corrected,
@@ -186,7 +186,7 @@ def launch_linear(
     next_node, valid_idxs, logits = _project(a, b, bias, trie, max_branches, settings, spread)
     block = min(1024, max(16, triton.next_power_of_2(max_branches)))
     for begin, rows in _grid_rows(a.shape[0]):
-        with _on(a.device):
+        with on_device(a.device):
             kernels.place_kernel[(triton.cdiv(max_branches, block), rows)](
                 logits[begin:],
                 spread[begin:],
@@ -237,7 +237,7 @@ def child_logits(
     logits = a.new_empty((num_rows, max_branches), dtype=torch.float32)
     dense = product(a, b, bias)
     block = min(1024, triton.next_power_of_2(max_branches))
-    with _on(a.device):
+    with on_device(a.device):
         kernels.pick_kernel[(num_rows, triton.cdiv(max_branches, block))](
             dense,
             logits,
@@ -281,7 +281,7 @@ def _project(
     parts = max(settings.group // settings.few, min(parts, useful, settings.programs))
     fillers = 0 if fill is None else _fillers(fill, settings)
     gathered = num_rows * max_branches * hidden * b.element_size()
-    with _on(a.device):
+    with on_device(a.device):
         kernels.project_kernel[(fillers + parts * groups,)](
             a,
             b,
@@ -342,7 +342,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
     wide = torch.float32 in (a.dtype, b.dtype) or a.dtype != b.dtype
     block = 64 if a.shape[0] <= 64 else 128
-    with _on(a.device):
+    with on_device(a.device):
         kernels.product_kernel[(triton.cdiv(a.shape[0], block), triton.cdiv(b.shape[1], block))](
             a,
             b,
@@ -397,7 +397,7 @@ def _choose(
         "DRAW": seed is not None, "K": width, "num_warps": _warps(block, settings.warp)
     }  # fmt: skip
     inputs = (logits, next_node, valid_idxs, temperature)
-    with _on(logits.device):
+    with on_device(logits.device):
         if max_branches <= block:
             kept = valid_idxs.new_empty((num_rows, 2 * width))
             selection.select_kernel[(num_rows,)](
@@ -432,8 +432,3 @@ def _choose(
 
 def _warps(block: int, a_warp: int) -> int:
     return max(1, min(8, block // a_warp))
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -6,7 +6,6 @@ width and window are run-time values, so a new batch compiles nothing.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_triton as kernels
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -132,7 +132,7 @@ def launch_prompt(
         bulk = takes_bulk(dim, query.dtype, keys.shape[2], usual, query.device)
     if tile is None:
         tile = prompt_tile_in_use(heads, dim, rows, query.dtype, query.device, bulk=bulk)
-    with _on(query.device):
+    with on_device(query.device):
         kernels.prompt_kernel[
             (heads, tile_request.shape[0], (cut_rows or usual.rows) // tile.rows)
         ](
@@ -225,7 +225,7 @@ def launch_beams(
     out = query.new_empty((rows, heads, dim))
     cap, seen = 1.0 if softcap is None else softcap, 0 if window is None else window
     block_r = 16
-    with _on(query.device):
+    with on_device(query.device):
         kernels.context_kernel[
             (triton.cdiv(width * group, tile.rows) * parts, kv_heads, batch_size)
         ](
@@ -318,8 +318,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

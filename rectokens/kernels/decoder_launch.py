@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rectokens.kernels import decoder_triton as kernels
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +45,7 @@ def _add_norm(
     rows, size = x.shape
     block = triton.next_power_of_2(size)
     other = x if residual is None else residual
-    with _on(x.device):
+    with on_device(x.device):
         kernels.add_norm_kernel[(rows,)](
             x,
             other,
@@ -100,7 +98,7 @@ def launch_rotate_store(
     _, kv_heads, page_size, dim = keys.shape
     query_norm, key_norm = (rows, rows) if norms is None else norms
     block_r = 8 if count < 4096 else 16
-    with _on(rows.device):
+    with on_device(rows.device):
         kernels.rotate_store_kernel[(triton.cdiv(count, block_r), query_heads + 2 * kv_heads)](
             rows,
             cos,
@@ -134,7 +132,7 @@ def launch_store(
     """Store (R, Hkv, D) keys and values; D contiguous. Pages and slots as above."""
     count = source_keys.shape[0]
     _, kv_heads, page_size, dim = keys.shape
-    with _on(keys.device):
+    with on_device(keys.device):
         kernels.store_kernel[(triton.cdiv(count, 16), kv_heads)](
             source_keys,
             source_values,
@@ -162,7 +160,7 @@ def launch_gate(x: Tensor, activation: str) -> Tensor:
     out = x.new_empty((rows, size))
     block = min(1024, triton.next_power_of_2(size))
     # Rows are the second dimension of the grid, which has 65,535 places.
-    with _on(x.device):
+    with on_device(x.device):
         for first in range(0, rows, 65_535):
             part = x[first : first + 65_535]
             kernels.gate_kernel[(triton.cdiv(size, block), part.shape[0])](
@@ -183,7 +181,7 @@ def launch_gate_fp8(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     out = x.new_empty((rows, size), dtype=torch.float8_e4m3fn)
     scale = x.new_empty((rows, 1), dtype=torch.float32)
     block = triton.next_power_of_2(size)
-    with _on(x.device):
+    with on_device(x.device):
         kernels.gate_fp8_kernel[(rows,)](
             x,
             out,
@@ -195,8 +193,3 @@ def launch_gate_fp8(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
             num_warps=max(1, min(16, block // 1024)),
         )
     return out, scale
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from rectokens.kernels.head_norm_triton import linear_logsumexp_kernel
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,7 +51,7 @@ def launch_linear_logsumexp(
     tiles_each = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // row_tiles)))
     parts = triton.cdiv(tiles, tiles_each)
     out = x.new_zeros((parts, rows), dtype=torch.float32)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device(x.device):
         linear_logsumexp_kernel[(row_tiles, parts)](
             x,
             weight,

@@ -6,7 +6,6 @@ size compiles nothing.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import nearest_triton as kernels
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,8 +107,7 @@ def launch_nearest(
     squares = x.new_empty((levels, num_codes), dtype=torch.float32)
     codes = x.new_empty((x.shape[0], levels), dtype=torch.long)
     distances = x.new_empty((x.shape[0],), dtype=torch.float32)
-    on = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with on:
+    with on_device(x.device):
         kernels.split_kernel[(triton.cdiv(levels * num_codes, 4),)](
             codebooks,
             high,

@@ -3,7 +3,6 @@
 Nothing here is public: `launch_encode` and `launch_decode` expect checked arguments.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from rectokens._turboquant.assign import float32_boundaries, float32_centroids
 from rectokens._turboquant.codec import Rotation
 from rectokens._turboquant.signs import signs
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 from rectokens.kernels.turboquant import decode_kernel, encode_kernel
 
@@ -196,11 +196,6 @@ def _launch(
     return cast("Callable[..., None]", kernel[(programs,)])
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def launch_encode(
     x: Tensor,
     packed: Tensor,
@@ -220,7 +215,7 @@ def launch_encode(
     """
     shape = tile_shape(rotation)
     settings = settings or encode_settings(rotation, bits)
-    with _on(x.device):
+    with on_device(x.device):
         _launch(encode_kernel, shape, settings, x.shape[0], x.device)(
             x,
             packed,
@@ -260,7 +255,7 @@ def launch_decode(
     """
     shape = tile_shape(rotation)
     settings = settings or decode_settings(rotation, bits)
-    with _on(packed.device):
+    with on_device(packed.device):
         _launch(decode_kernel, shape, settings, packed.shape[0], packed.device)(
             packed,
             norms,
