@@ -15,6 +15,7 @@ from server.api.sse import DONE, event
 from server.errors import ErrorKind, ServiceError, error_body
 from server.proxy.upstream import mapped_failures
 
+_EVENT = "an event of the upstream"
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 # What an upstream may take to end its answer after it has said that it is done.
 _END_S = 1.0
@@ -45,7 +46,9 @@ async def relay(
                 data = event_data(raw)
                 if data == b"[DONE]":
                     break
-                yield raw if data is None else convert(raw, _parsed(data))
+                yield (
+                    raw if data is None else convert(raw, parsed(data, "an event of the upstream"))
+                )
             else:
                 raise ServiceError(ErrorKind.UPSTREAM_FAILED, "the upstream's stream ended early")
             yield DONE
@@ -90,10 +93,13 @@ def event_data(raw: bytes) -> bytes | None:
     return b"\n".join(lines).strip() if lines else None
 
 
-def _parsed(data: bytes) -> Any:
+def parsed(data: bytes, what: str) -> Any:
+    """JSON of the upstream.
+
+    Raises:
+        ServiceError: it is none; the message says of what.
+    """
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise ServiceError(
-            ErrorKind.UPSTREAM_FAILED, "an event of the upstream is not JSON"
-        ) from error
+        raise ServiceError(ErrorKind.UPSTREAM_FAILED, f"{what} is not JSON") from error

@@ -19,7 +19,7 @@ from server.api.sse import EventStream
 from server.api.strict_json import StrictJsonRoute
 from server.errors import ErrorKind, ServiceError
 from server.proxy.chat import ChatStream, to_chat
-from server.proxy.events import Convert, relay
+from server.proxy.events import Convert, parsed, relay
 from server.proxy.requests import ProxyRequest, read_chat, read_completion
 from server.proxy.service import Proxy
 from server.proxy.upstream import Answer
@@ -30,6 +30,7 @@ router = APIRouter(tags=["proxy"], route_class=StrictJsonRoute)
 open_router = APIRouter(tags=["operations"])
 
 _COMPLETIONS = "v1/completions"
+_ANSWER = "the upstream's answer"
 _ERRORS = documented_errors(
     ErrorKind.MALFORMED_JSON,
     ErrorKind.UNAUTHORIZED,
@@ -82,7 +83,7 @@ async def models(request: Request) -> Response:
     with proxy.in_flight():
         work = proxy.upstream.get("v1/models", _headers(request, proxy))
         answer = await unless_disconnected(request, work)
-        _parsed(answer)
+        parsed(answer.content, _ANSWER)
         return _passed_on(answer)
 
 
@@ -161,7 +162,7 @@ async def _answer(request: Request, *, chat: bool) -> Response:
             return EventStream(events, rejected, close)
         answer = await unless_disconnected(request, _whole(proxy, asked, headers))
         if answer.status == 200 and chat:
-            return JSONResponse(to_chat(_parsed(answer)))
+            return JSONResponse(to_chat(parsed(answer.content, _ANSWER)))
         return _passed_on(answer)
 
 
@@ -176,7 +177,7 @@ async def _whole(proxy: Proxy, asked: ProxyRequest, headers: dict[str, str]) -> 
     body = await proxy.in_pool(proxy.upstream_body, asked)
     answer = await proxy.upstream.post(_COMPLETIONS, body, headers)
     if answer.status == 200:
-        _parsed(answer)
+        parsed(answer.content, _ANSWER)
     return answer
 
 
@@ -212,15 +213,6 @@ def _headers(request: Request, proxy: Proxy) -> dict[str, str]:
     spans: Spans = request.app.state.spans
     spans.pass_on(headers)
     return headers
-
-
-def _parsed(answer: Answer) -> Any:
-    try:
-        return orjson.loads(answer.content)
-    except orjson.JSONDecodeError as error:
-        raise ServiceError(
-            ErrorKind.UPSTREAM_FAILED, "the upstream's answer is not JSON"
-        ) from error
 
 
 def _passed_on(answer: Answer) -> Response:
