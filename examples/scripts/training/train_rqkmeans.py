@@ -118,6 +118,11 @@ def train(
     )
     fitted_to = items[train_test_split]
     folder = Path(output_dir)
+
+    def figures_of(part: ItemData, tokenizer: RQKMeansTokenizer) -> dict[str, float]:
+        batches = batches_in_order(part, batch_size)
+        return run_eval(batches, _step(tokenizer), num_levels, codebook_size)
+
     tokenizer: RQKMeansTokenizer | None = None
     with MetricLog(folder, wandb_project, settings) as log:
         if style == "minibatch":
@@ -139,24 +144,14 @@ def train(
             epochs = _level_epochs(fitted_to, how, wanted)
         for epoch, tokenizer in epochs:
             if is_due(epoch, log_every):
-                figures = run_eval(
-                    batches_in_order(fitted_to, batch_size),
-                    _step(tokenizer),
-                    num_levels,
-                    codebook_size,
-                )
+                figures = figures_of(fitted_to, tokenizer)
                 log.write(epoch, {f"train/{name}": value for name, value in figures.items()})
                 _log.info(
                     "epoch %d: error %.3g, %.4f of semantic IDs distinct",
                     *(epoch, figures["avg_recon"], figures["p_unique"]),
                 )
             if is_due(epoch, eval_every_n) and len(items["eval"]):
-                figures = run_eval(
-                    batches_in_order(items["eval"], batch_size),
-                    _step(tokenizer),
-                    num_levels,
-                    codebook_size,
-                )
+                figures = figures_of(items["eval"], tokenizer)
                 log.write(epoch, {f"eval/{name}": value for name, value in figures.items()})
                 _log.info("epoch %d, items left out: error %.3g", epoch, figures["avg_recon"])
             if is_due(epoch, save_every):
