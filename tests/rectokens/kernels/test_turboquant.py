@@ -1,8 +1,6 @@
 """The TurboQuant kernels, interpreted on the CPU, give what the plain path gives."""
 
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +17,6 @@ PROGRAM = Path(__file__).with_name("turboquant_interpreted.py")
 DIMS = [16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 384, 640, 2560, 3072, 5120]
 # Products of fp16 numbers, summed in fp32: a coordinate near a boundary may fall beside it.
 MAX_DIFFERING = {1: 0.001, 2: 0.001, 4: 0.003, 8: 0.03}
-
-
-@pytest.fixture(scope="module")
-def results():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
 
 
 def check(result, bits):
