@@ -7,20 +7,21 @@ width and window are run-time values, so a new batch compiles nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_triton as kernels
-from rectokens.kernels.launch_device import on_device
+from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 256
 MIN_BLOCK_DIM = 16  # of a matrix product; smaller heads are filled up
 MAX_PARTS = 16
+# Multiprocessors that the interpreter stands for: enough that contexts are cut into parts.
+_INTERPRETED = 4
 _PROGRAMS_A_MULTIPROCESSOR = 2  # of the context kernel, that run at once
 
 
@@ -78,7 +79,7 @@ def prompt_tile_in_use(
     """Tile of the prompt kernel's programs; its rows divide those of :func:`prompt_tile`."""
     tile = prompt_tile(dim, dtype)
     # Not by the number of tiles: a captured pass has room for many that are mostly not there.
-    is_small = heads * triton.cdiv(rows, tile.rows) <= _multiprocessors(device)
+    is_small = heads * triton.cdiv(rows, tile.rows) <= multiprocessors(device, _INTERPRETED)
     if tile.rows != 128:
         return tile
     if bulk:
@@ -165,7 +166,7 @@ def parts_for(batch_size: int, width: int, kv_heads: int, group: int, tile: Atte
               device: torch.device) -> int:  # fmt: skip
     """Parts of the context that fill the device, given the programs there are without."""
     programs = batch_size * kv_heads * triton.cdiv(width * group, tile.rows)
-    room = _PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(device)
+    room = _PROGRAMS_A_MULTIPROCESSOR * multiprocessors(device, _INTERPRETED)
     parts = room // programs if programs else 1
     return max(1, min(MAX_PARTS, parts))
 
@@ -311,10 +312,3 @@ def _common(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-@lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

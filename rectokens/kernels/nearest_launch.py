@@ -7,14 +7,13 @@ size compiles nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rectokens.kernels import nearest_triton as kernels
-from rectokens.kernels.launch_device import on_device
+from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,7 +100,7 @@ def launch_nearest(
     x, codebooks = x.float().contiguous(), codebooks.float().contiguous()
     levels, num_codes, dim = codebooks.shape
     if settings is None:
-        sms = _multiprocessors(x.device)
+        sms = multiprocessors(x.device)
         settings = settings_for(x.shape[0], levels, sms, num_codes)
     high, low = (torch.empty_like(codebooks, dtype=settings.half) for _ in range(2))
     squares = x.new_empty((levels, num_codes), dtype=torch.float32)
@@ -140,7 +139,7 @@ def _in_one(
     """A program compares a tile of rows with all codes."""
     levels, num_codes, dim = codebooks.shape
     tiles = triton.cdiv(x.shape[0], settings.rows)
-    programs = min(tiles, settings.programs_per_sm * _multiprocessors(x.device))
+    programs = min(tiles, settings.programs_per_sm * multiprocessors(x.device))
     leftover = (programs, settings.rows, dim) if levels > 1 else (1,)
     scratch = x.new_empty(leftover, dtype=torch.float32)
     kernels.nearest_kernel[(programs,)](
@@ -216,11 +215,3 @@ def _shapes(dim: int, num_codes: int, settings: NearestSettings) -> dict[str, An
         "num_warps": settings.warps,
         "num_stages": settings.stages,
     }
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    # Without a GPU this is the interpreter: few programs, so that their loop over tiles runs.
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

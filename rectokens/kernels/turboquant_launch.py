@@ -16,7 +16,7 @@ from torch import Tensor
 from rectokens._turboquant.assign import float32_boundaries, float32_centroids
 from rectokens._turboquant.codec import Rotation
 from rectokens._turboquant.signs import signs
-from rectokens.kernels.launch_device import on_device
+from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
 from rectokens.kernels.turboquant import decode_kernel, encode_kernel
 
@@ -179,20 +179,12 @@ def kernel_tables(rotation: Rotation, bits: int, device: torch.device) -> Kernel
     )
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    # Without a GPU this is the interpreter: few programs, so that their loop over tiles runs.
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _launch(
     kernel: Any, shape: TileShape, settings: LaunchSettings, num_rows: int, device: torch.device
 ) -> Callable[..., None]:
     programs = triton.cdiv(num_rows, shape.rows)
     if settings.programs_per_sm:
-        programs = min(programs, settings.programs_per_sm * _multiprocessors(device))
+        programs = min(programs, settings.programs_per_sm * multiprocessors(device))
     return cast("Callable[..., None]", kernel[(programs,)])
 
 

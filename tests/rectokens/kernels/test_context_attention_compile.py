@@ -105,7 +105,7 @@ def test_prompt(tmp_path, dtype, dim, rule):
 
 @pytest.mark.parametrize("rows", [1024, 5000])
 def test_bulk_copies(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device, interpreted: 132)
     dtype, device = torch.bfloat16, torch.device("cuda")
     prompt = launch.prompt_tile_in_use(16, 128, rows, dtype, device, bulk=True)
     assert launch.prompt_tile(128, dtype).rows % prompt.rows == 0
