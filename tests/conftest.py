@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the environment are none of the test's."""
+    for name in os.environ:
+        if name.upper().startswith(("RECTOKENS_", "SGP_")):
+            monkeypatch.delenv(name)
+
 
 _COMMON = {
     "hidden_size": 32,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +33,5 @@ def dummy() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("RECTOKENS_"):
-            monkeypatch.delenv(name)
+def _clean_environment(no_settings: None) -> None:
+    pass

@@ -19,6 +19,8 @@ import httpx
 import pytest
 import structlog
 
+from tests.metrics_page import sample_of
+
 _SCRIPT = Path(__file__).with_name("dummy_service.py")
 
 
@@ -71,11 +73,7 @@ class RunningApp:
 
     async def metric(self, line: str) -> float:
         """Value of one sample of /metrics, 0 if it is not there."""
-        text = (await self.client.get("/metrics")).text
-        for row in text.splitlines():
-            if row.startswith(line + " "):
-                return float(row.rpartition(" ")[2])
-        return 0.0
+        return sample_of((await self.client.get("/metrics")).text, line)
 
 
 StartApp = Callable[..., Any]

@@ -22,6 +22,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.metrics_page import sample_of
+
 IDLE = int(os.environ.get("IDLE_CONNECTIONS", "1000"))
 FUZZED = int(os.environ.get("RAW_REQUESTS", "150"))
 # Files that this process has open for other things.
@@ -40,10 +42,7 @@ def post(server: Any) -> httpx.Response:
 
 
 def metric(server: Any, line: str) -> float:
-    for row in httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines():
-        if row.startswith(line + " "):
-            return float(row.rpartition(" ")[2])
-    return 0.0
+    return sample_of(httpx.get(f"{server.url}/metrics", timeout=60).text, line)
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -21,6 +21,7 @@ from rectokens.schemas.item_tokens import ItemTokens
 from server.release import ReleaseError, load_release
 from server.settings import load_settings
 
+pytestmark = pytest.mark.usefixtures("no_settings")
 FINGERPRINT = "ab" * 32
 ITEM_TOKENS = ItemTokens(
     offset=10, level_stride=4, num_levels=3, codebook_size=4, start_token_id=1, end_token_id=2
@@ -50,13 +51,6 @@ def store(tmp_path_factory, tiny_lm):
 
 def load(monkeypatch=None, **flags):
     return load_release(load_settings({name: str(value) for name, value in flags.items()}))
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch):
-    for name in os.environ:
-        if name.startswith("RECTOKENS_"):
-            monkeypatch.delenv(name)
 
 
 def test_a_model_and_a_catalog(store):

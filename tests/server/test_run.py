@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from server.run import ListenError, listen
+from tests.metrics_page import sample_of
 
 BODY = b'{"history": ["B001"], "top_k": 2}'
 JSON = {"Content-Type": "application/json"}
@@ -26,10 +27,7 @@ def post(server, content=BODY, **kwargs):
 
 
 def metric(server, line):
-    for row in httpx.get(f"{server.url}/metrics").text.splitlines():
-        if row.startswith(line + " "):
-            return float(row.rpartition(" ")[2])
-    return 0.0
+    return sample_of(httpx.get(f"{server.url}/metrics").text, line)
 
 
 def raw(server, *chunks: bytes) -> socket.socket:

@@ -10,16 +10,8 @@ from server.settings import SettingsError, load_settings, setting_fields, value_
 from server.settings_doc import settings_markdown
 from server.settings_serving import NormalizationName
 
+pytestmark = pytest.mark.usefixtures("no_settings")
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch):
-    import os
-
-    for name in os.environ:
-        if name.upper().startswith("RECTOKENS_"):
-            monkeypatch.delenv(name)
 
 
 def test_defaults_are_valid_and_local():

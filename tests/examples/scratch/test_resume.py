@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from examples.scratch.stream import WindowStream
 from examples.scratch.trainer import ScratchTrainer
 from examples.trainer.checkpoints import CheckpointError, last_checkpoint
 from rectokens.artifacts.release import load_release
+from tests.full_disk import file_size_limit
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,6 +75,7 @@ torch.set_num_threads(1)
 sys.path[:0] = [{root!r}, {here!r}]
 from conftest import OPTIONS, SMALL_RECIPE, small_data
 from examples.scratch.build import train_release
+from tests.full_disk import file_size_limit
 from pathlib import Path
 train_release(small_data(), Path({folder!r}), SMALL_RECIPE, OPTIONS)
 """
@@ -133,19 +134,6 @@ def test_another_run_s_folder_is_refused(trained, data, recipe, options, change,
     with pytest.raises(CheckpointError, match=message):
         train_release(data, folder, replace(recipe, **change), options)
     assert sorted(folder.rglob("*")) == before
-
-
-@contextmanager
-def file_size_limit(size):
-    """For as little as possible: what pytest prints may go to a file, too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("limit", [1_000, 18_000, 40_000])

@@ -19,6 +19,7 @@ from server.engine.engine import Engine
 from server.engine.loading import build_engine
 from server.engine.runners import PerBeamRunner, SharedContextRunner
 from server.engine.types import EngineFault
+from tests.server.engine.same_answers import assert_same
 
 LEVELS, CODES = 3, 5
 VOCAB = 40
@@ -38,16 +39,6 @@ def random_catalog(seed: int, items: int) -> tuple[CatalogTrie, Tensor]:
     # Squaring skews the fan-out: some nodes have one child, some all of them.
     codes = (torch.rand(items, LEVELS, generator=generator) ** 2 * CODES).long()
     return sorted_codes(codes)
-
-
-def assert_same(found: SearchResult | EngineFault, expected: SearchResult, atol: float) -> None:
-    assert isinstance(found, SearchResult)
-    assert [hit.item_index for hit in found.hits] == [hit.item_index for hit in expected.hits]
-    assert found.shortfall == expected.shortfall
-    for mine, theirs in zip(found.hits, expected.hits, strict=True):
-        assert mine.semantic_id == theirs.semantic_id
-        assert mine.score == pytest.approx(theirs.score, abs=atol)
-        assert mine.level_scores == pytest.approx(theirs.level_scores, abs=atol)
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import queue
 import random
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from server.jobs.places import open_ledger
 from server.jobs.supervise import Supervisor
 from server.jobs.types import JobErrorKind, JobKind, JobState
 from server.jobs.worker import Sweeper
+from tests.full_disk import file_size_limit
 
 WORKER = Path(__file__).with_name("job_worker.py")
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "3"))
@@ -183,19 +183,6 @@ def test_commands_that_are_killed_at_any_moment(workplace):
         ends |= {job.state for job in ledger.find(limit=1)}
     ledger.close()
     assert ends <= {JobState.INTERRUPTED, JobState.SUCCEEDED, JobState.QUEUED}
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """For as little as possible: what pytest prints may go to a file, too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("limit", [300, 3_000, 20_000])

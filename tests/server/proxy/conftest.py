@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from rectokens.catalog.artifact import save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.prompts.recipe import PromptRecipe
 from server.run import listen
+from tests.metrics_page import sample_of
 
 FINGERPRINT = "ab" * 32
 _TEXT = "<unk> <s> </s> the user likes matte lipstick and a b c : assistant"
@@ -216,10 +216,8 @@ def mock_tools() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith(("RECTOKENS_", "SGP_")):
-            monkeypatch.delenv(name)
+def _clean_environment(no_settings: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -249,10 +247,7 @@ class RunningProxy:
         return await self.client.post("/v1/chat/completions", json={"messages": messages, **body})
 
     async def metric(self, line: str) -> float:
-        for row in (await self.client.get("/metrics")).text.splitlines():
-            if row.startswith(line + " "):
-                return float(row.rpartition(" ")[2])
-        return 0.0
+        return sample_of((await self.client.get("/metrics")).text, line)
 
 
 @pytest.fixture(scope="session")
@@ -304,3 +299,19 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
             return RunningProxy(proxy, client)
 
         yield start
+
+
+@pytest.fixture
+def encoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of rows of the calls that encoded."""
+    from rectokens.turboquant import encode_embeddings
+    from server.proxy import encoded_table
+
+    calls: list[int] = []
+
+    def counted(x: Any, *rest: Any, **named: Any) -> Any:
+        calls.append(len(x))
+        return encode_embeddings(x, *rest, **named)
+
+    monkeypatch.setattr(encoded_table, "encode_embeddings", counted)
+    return calls

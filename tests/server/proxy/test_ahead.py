@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rectokens.turboquant import encode_embeddings
-from server.proxy import ahead, encoded_table
+from server.proxy import ahead
 from server.proxy.ahead import AheadEncoder
 from server.proxy.embedding_table import EmbeddingTable
 from server.proxy.encoded_table import EncodedTable
@@ -31,19 +31,6 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < end, "did not come about"
         time.sleep(0.005)
-
-
-@pytest.fixture
-def encoded_rows(monkeypatch):
-    """Numbers of rows of the calls that encoded."""
-    calls = []
-
-    def counted(x, *rest, **named):
-        calls.append(len(x))
-        return encode_embeddings(x, *rest, **named)
-
-    monkeypatch.setattr(encoded_table, "encode_embeddings", counted)
-    return calls
 
 
 @pytest.fixture

@@ -10,26 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.turboquant import encode_embeddings
-from server.proxy import encoded_table
 from server.proxy.embedding_table import EmbeddingTable
 from server.proxy.encoded_table import EncodedTable
 
 WEIGHT = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
 CODEC = "tq1/hd2/lsb/seed42"
 ROW_BYTES = 64 * 4 // 8 + 4
-
-
-@pytest.fixture
-def encoded_rows(monkeypatch):
-    """Numbers of rows of the calls that encoded."""
-    calls = []
-
-    def counted(x, *rest, **named):
-        calls.append(len(x))
-        return encode_embeddings(x, *rest, **named)
-
-    monkeypatch.setattr(encoded_table, "encode_embeddings", counted)
-    return calls
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
-from rectokens.schemas.search import NORMALIZATIONS, SearchRequest, SearchResult
+from rectokens.schemas.search import NORMALIZATIONS, SearchRequest
 from server.engine.device.buckets import Buckets
 from server.engine.device.engine import DeviceOptions
 from server.engine.pool_setup import PoolOptions
-from server.engine.types import EngineFault
 
 LEVELS, CODES, VOCAB = 3, 5, 40
 TOKENS = ItemTokens(
@@ -31,16 +29,6 @@ def random_catalog(seed: int, items: int) -> tuple[CatalogTrie, Tensor]:
     codes = (torch.rand(items, LEVELS, generator=generator) ** 2 * CODES).long()
     trie, order = CatalogTrie.from_codes(codes, CODES)
     return trie, codes[order]
-
-
-def assert_same(found: SearchResult | EngineFault, expected: SearchResult, atol: float) -> None:
-    assert isinstance(found, SearchResult)
-    assert [hit.item_index for hit in found.hits] == [hit.item_index for hit in expected.hits]
-    assert found.shortfall == expected.shortfall
-    for mine, theirs in zip(found.hits, expected.hits, strict=True):
-        assert mine.semantic_id == theirs.semantic_id
-        assert mine.score == pytest.approx(theirs.score, abs=atol)
-        assert mine.level_scores == pytest.approx(theirs.level_scores, abs=atol)
 
 
 def olmo2() -> Any:

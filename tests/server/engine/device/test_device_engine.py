@@ -30,11 +30,11 @@ from tests.server.engine.device.device_cases import (
     POOL,
     TOKENS,
     VOCAB,
-    assert_same,
     olmo2,
     random_catalog,
     requests_of,
 )
+from tests.server.engine.same_answers import assert_same
 
 
 @pytest.fixture(scope="module")
