@@ -51,6 +51,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Path:
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     return path
 
 

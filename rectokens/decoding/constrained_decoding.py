@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rectokens.decoding.interleaved_generation import generate_with_item_constraints
+from rectokens.decoding.model_cache import returned_cache
 from rectokens.decoding.model_protocol import (
     Model,
     call_model,
@@ -134,13 +135,13 @@ def _run(
         children = dense_children(trie, prefixes)
         proposals = propose(logits, children, None, fan_out, temperature)
         proposals = proposals._replace(nodes=dense_nodes(trie, prefixes, proposals.tokens))
-        return proposals, output.past_key_values
+        return proposals, returned_cache(output)
 
     if layer is None:
         output = call_model(model, input_ids, past, mask)
         logits = last_logits(output, rows, trie.vocab_size)
         nodes, children, logits = constrained_node_transition(logits, constraint)
-        return propose(logits, children, nodes, fan_out, temperature), output.past_key_values
+        return propose(logits, children, nodes, fan_out, temperature), returned_cache(output)
 
     strategy = "default" if layer.model_transforms_logits else config.csr_kernel
     with layer.constrained(constraint, strategy, temperature=temperature, k=fan_out):
@@ -148,9 +149,9 @@ def _run(
     if strategy == "default":
         nodes, children = _found(layer.next_nodes), _found(layer.valid_idxs)
         logits = last_logits(output, rows, trie.vocab_size)
-        return propose(logits, children, nodes, fan_out, temperature), output.past_key_values
+        return propose(logits, children, nodes, fan_out, temperature), returned_cache(output)
     choices = _found(layer.choices)
-    return Proposals(choices.idxs, choices.nodes, choices.log_probas), output.past_key_values
+    return Proposals(choices.idxs, choices.nodes, choices.log_probas), returned_cache(output)
 
 
 def _found(result: _T | None) -> _T:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rectokens.decoding.children import child_log_probas, children_of, pick_children
+from rectokens.decoding.model_cache import returned_cache
 from rectokens.decoding.model_protocol import call_model, evaluating, last_logits
 from rectokens.decoding.proposals import gumbel_like
 from rectokens.decoding.vntk import branches_at
@@ -68,7 +69,7 @@ def generate_with_item_constraints(
         newest, past = input_ids, None
         while len(new_tokens) < max_new_tokens:
             output = call_model(model, newest, past, None)
-            past = output.past_key_values
+            past = returned_cache(output)
             logits = last_logits(output, 1, trie.vocab_size)
             if in_item:
                 next_node, tokens = children_of(

@@ -4,12 +4,12 @@ A model is called as ``model(input_ids, past_key_values=..., attention_mask=...,
 and returns an object with ``logits`` (rows, T, V) and ``past_key_values``: None (a model without
 memory: it is shown the newest token only), a cache with ``reorder_cache``, or a tuple of layers,
 each a tuple of tensors with rows in dimension 0. ``position_ids`` and ``logits_to_keep`` are
-passed only to a model whose signature names them. Prompts are padded on the left.
+passed only to a model whose signature names them, and a model whose signature says ``cache`` gets
+and returns its cache by that name. Prompts are padded on the left.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rectokens.decoding.model_cache import cache_argument, named_parameters
 from rectokens.modules.sparse_linear import SparseLinear
 
 Model = Callable[..., Any]
@@ -37,7 +38,7 @@ def call_model(
         The model's output object.
     """
     extra: dict[str, Any] = {}
-    named = _named_parameters(model)
+    named = named_parameters(model)
     if attention_mask is not None and "position_ids" in named:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         extra["position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -45,7 +46,7 @@ def call_model(
         extra["logits_to_keep"] = 1
     return model(
         input_ids.clamp(min=0),
-        past_key_values=past_key_values,
+        **cache_argument(model, past_key_values),
         attention_mask=attention_mask,
         use_cache=True,
         **extra,
@@ -143,17 +144,6 @@ def evaluating(model: Model) -> Iterator[None]:
 def _module_of(model: Model) -> nn.Module | None:
     owner = getattr(model, "__self__", model)  # a bound method stands for its module
     return owner if isinstance(owner, nn.Module) else None
-
-
-def _named_parameters(model: Model) -> frozenset[str]:
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the signature
-    forward = model.forward if isinstance(model, nn.Module) else model
-    try:
-        parameters = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):  # a callable that cannot be inspected
-        return frozenset()
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in parameters if p.kind in by_name)
 
 
 def _gather_layer(layer: Any, rows: Tensor) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rectokens.decoding.model_cache import cache_argument, returned_cache
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.context_attention import (
     ATTENTION_NAME,
@@ -219,7 +220,7 @@ class _PerBeamSession:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            self._caches.append(output.past_key_values)
+            self._caches.append(returned_cache(output))
             rows.append(output.logits[:, -1:])
         return self._level(torch.cat(rows), 0, with_vocab_norm)
 
@@ -231,7 +232,10 @@ class _PerBeamSession:
         for cache, parent, token in zip(self._caches, parents, tokens, strict=True):
             cache.reorder_cache(parent)
             output = self._runner.model(
-                input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=token[:, None],
+                **cache_argument(self._runner.model, cache),
+                use_cache=True,
+                logits_to_keep=1,
             )
             rows.append(output.logits[:, -1])
         return self._level(torch.stack(rows), depth, with_vocab_norm)

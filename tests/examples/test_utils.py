@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import gin
 import pytest
 
@@ -35,6 +37,11 @@ def test_parse_config_reads_the_positional_path(config):
     path = config("made.num_levels = 4\nmade.output_dir = 'x'\n")
     assert parse_config([str(path)]) == path
     assert made() == (4, 256, "x")
+
+
+def test_scripts_tell_of_their_work_but_not_of_every_request(config):
+    parse_config([str(config("made.num_levels = 4\nmade.output_dir = 'x'\n"))])
+    assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
 
 
 def test_a_file_replaces_what_was_loaded_before(config):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import GenerationConfig as HFGenerationConfig
 
+from rectokens.decoding.model_cache import cache_argument
 from rectokens.integrations.hf.configuration import ItemAwareCausalLMConfig
 from rectokens.integrations.hf.embeddings import ItemInit
 from rectokens.integrations.hf.embeddings import resize_and_initialize as _resize_and_initialize
@@ -186,7 +187,7 @@ class ItemAwareCausalLM(PreTrainedModel):  # type: ignore[misc]
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            **cache_argument(self.model, past_key_values),
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "use_cache": use_cache,
