@@ -18,6 +18,7 @@ from rectokens.decoding.device_tables import LevelShape, TrieTable
 from rectokens.kernels import beam_ends_triton as ends
 from rectokens.kernels import beam_select_triton as select
 from rectokens.kernels import beam_triton as kernels
+from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 
@@ -68,12 +69,13 @@ DEFAULT = StepSettings()
 def begin(buffers: BeamBuffers, requests: RequestTables, settings: StepSettings = DEFAULT) -> None:
     """As ``begin_search_``."""
     scratch = _scratch_of(buffers, settings)
-    ends.begin_kernel[(buffers.batch,)](
-        buffers.poisoned, scratch.counters, scratch.histogram, requests.prefixes,
-        requests.exclusions, requests.exclusion_start, requests.exclusion_end,
-        requests.exclusion_counts, buffers.batch, scratch.histogram.stride(0),
-        LEVELS=buffers.shapes.num_levels, COUNTERS_=kernels.COUNTERS, BLOCK=1024,
-        num_warps=4)  # fmt: skip
+    with on_device(buffers.device):
+        ends.begin_kernel[(buffers.batch,)](
+            buffers.poisoned, scratch.counters, scratch.histogram, requests.prefixes,
+            requests.exclusions, requests.exclusion_start, requests.exclusion_end,
+            requests.exclusion_counts, buffers.batch, scratch.histogram.stride(0),
+            LEVELS=buffers.shapes.num_levels, COUNTERS_=kernels.COUNTERS, BLOCK=1024,
+            num_warps=4)  # fmt: skip
 
 
 def step(
@@ -93,31 +95,32 @@ def step(
     level = shapes.levels[depth]
     direct = level.pairs <= settings.direct
     copies = _copies(level, settings)
-    _score(table, buffers, requests, depth, logits, compact, vocab_log_norm, level_log_norm,
-           scratch, settings, copies=0 if direct else copies)  # fmt: skip
     batch, counters = buffers.batch, scratch.counters[depth]
     sizes = {"COUNTERS_": kernels.COUNTERS, "BINS_": kernels.BINS}
     early = _early(buffers.device, settings)
     capacity, row = scratch.keys.shape[1], scratch.histogram.stride(0)
     room = capacity if direct else scratch.candidates.shape[1]
-    if not direct:
-        readers = min(triton.cdiv(level.pairs, settings.share), settings.readers)
-        select.pick_kernel[(readers + 1, batch)](
-            scratch.keys, counters, scratch.histogram, requests.beam_width, scratch.candidates,
-            capacity, room, copies, row, **sizes, BLOCK=settings.share, **early,
-            num_warps=8)  # fmt: skip
-    deeper = depth + 1
-    longest = max(min(room, level.pairs), shapes.width)
-    select.rank_kernel[(triton.cdiv(longest, settings.own), batch)](
-        table.entries, scratch.keys if direct else scratch.candidates, counters, scratch.histogram,
-        logits, scratch.rows, requests.beam_width, requests.temperature, buffers.nodes[depth],
-        buffers.scores[depth], buffers.log_probs[depth], buffers.ancestors[depth],
-        buffers.nodes[deeper], buffers.parents[deeper], buffers.codes[deeper],
-        buffers.scores[deeper], buffers.code_scores[deeper], buffers.log_probs[deeper],
-        buffers.perturbed[deeper], buffers.ancestors[deeper], buffers.alive[deeper],
-        logits.stride(0), logits.stride(1), room, shapes.width, depth, copies, row, COMPACT=compact,
-        DIRECT=direct, LEVELS=shapes.num_levels, **sizes, OWN=settings.own, BLOCK=256,
-        **early, num_warps=4)  # fmt: skip
+    with on_device(buffers.device):
+        _score(table, buffers, requests, depth, logits, compact, vocab_log_norm, level_log_norm,
+               scratch, settings, copies=0 if direct else copies)  # fmt: skip
+        if not direct:
+            readers = min(triton.cdiv(level.pairs, settings.share), settings.readers)
+            select.pick_kernel[(readers + 1, batch)](
+                scratch.keys, counters, scratch.histogram, requests.beam_width, scratch.candidates,
+                capacity, room, copies, row, **sizes, BLOCK=settings.share, **early,
+                num_warps=8)  # fmt: skip
+        deeper = depth + 1
+        longest = max(min(room, level.pairs), shapes.width)
+        select.rank_kernel[(triton.cdiv(longest, settings.own), batch)](
+            table.entries, scratch.keys if direct else scratch.candidates, counters,
+            scratch.histogram, logits, scratch.rows, requests.beam_width, requests.temperature,
+            buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
+            buffers.ancestors[depth], buffers.nodes[deeper], buffers.parents[deeper],
+            buffers.codes[deeper], buffers.scores[deeper], buffers.code_scores[deeper],
+            buffers.log_probs[deeper], buffers.perturbed[deeper], buffers.ancestors[deeper],
+            buffers.alive[deeper], logits.stride(0), logits.stride(1), room, shapes.width, depth,
+            copies, row, COMPACT=compact, DIRECT=direct, LEVELS=shapes.num_levels, **sizes,
+            OWN=settings.own, BLOCK=256, **early, num_warps=4)  # fmt: skip
 
 
 def child_logits(
@@ -137,12 +140,13 @@ def child_logits(
         (buffers.batch, shapes.width, slots), dtype=torch.float32, device=hidden.device
     )
     block = min(512, triton.next_power_of_2(weight.shape[1]))
-    ends.child_logits_kernel[(shapes.width, buffers.batch)](
-        table.entries, buffers.nodes[depth], buffers.scores[depth], hidden, weight,
-        weight if bias is None else bias, out, hidden.stride(0), hidden.stride(1),
-        weight.stride(0), shapes.width, weight.shape[1], float(factor), float(softcap or 1.0),
-        SLOTS=slots, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-        BLOCK_M=min(4, slots), BLOCK_H=block, num_warps=4)  # fmt: skip
+    with on_device(hidden.device):
+        ends.child_logits_kernel[(shapes.width, buffers.batch)](
+            table.entries, buffers.nodes[depth], buffers.scores[depth], hidden, weight,
+            weight if bias is None else bias, out, hidden.stride(0), hidden.stride(1),
+            weight.stride(0), shapes.width, weight.shape[1], float(factor), float(softcap or 1.0),
+            SLOTS=slots, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+            BLOCK_M=min(4, slots), BLOCK_H=block, num_warps=4)  # fmt: skip
     return out
 
 
@@ -151,12 +155,13 @@ def finish(table: TrieTable, buffers: BeamBuffers, requests: RequestTables) -> N
     shapes = buffers.shapes
     levels, width = shapes.num_levels, shapes.width
     block = min(triton.next_power_of_2(width), 1024)
-    ends.finish_kernel[(1 + triton.cdiv(width, block), buffers.batch)](
-        table.entries, buffers.nodes[levels], buffers.scores[levels], buffers.ancestors[levels],
-        buffers.codes, buffers.code_scores, buffers.poisoned, buffers.alive[levels],
-        requests.prefixes, requests.allow_list, requests.exclusions, requests.exclusion_start,
-        requests.exclusion_end, requests.exclusion_counts, buffers.answers, buffers.batch, width,
-        buffers.answers.shape[1], LEVELS=levels, BLOCK=block, num_warps=8)  # fmt: skip
+    with on_device(buffers.device):
+        ends.finish_kernel[(1 + triton.cdiv(width, block), buffers.batch)](
+            table.entries, buffers.nodes[levels], buffers.scores[levels], buffers.ancestors[levels],
+            buffers.codes, buffers.code_scores, buffers.poisoned, buffers.alive[levels],
+            requests.prefixes, requests.allow_list, requests.exclusions, requests.exclusion_start,
+            requests.exclusion_end, requests.exclusion_counts, buffers.answers, buffers.batch,
+            width, buffers.answers.shape[1], LEVELS=levels, BLOCK=block, num_warps=8)  # fmt: skip
 
 
 @dataclass(frozen=True)

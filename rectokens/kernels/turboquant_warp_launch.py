@@ -24,6 +24,7 @@ from rectokens.kernels.hadamard_ptx import (
     decode_ptx,
     encode_ptx,
 )
+from rectokens.kernels.launch_device import on_device
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _WORDS = {"bf16": torch.int32, "fp16": torch.int32, "fp32": torch.int64}
@@ -99,7 +100,7 @@ def launch_encode(
     words = x.view(_WORDS[kind])
     kernels = _kernels()
     assert kernels is not None
-    with torch.cuda.device(x.device):
+    with on_device(x.device):
         kernels.encode_warp_kernel[(len(x),)](
             words,
             packed.view(_CODES[bits]),
@@ -123,7 +124,7 @@ def launch_decode(
     text, constraints = decode_ptx(dim, bits)
     kernels = _kernels()
     assert kernels is not None
-    with torch.cuda.device(packed.device):
+    with on_device(packed.device):
         kernels.decode_warp_kernel[(len(norms),)](
             packed.view(_CODES[bits]),
             norms,

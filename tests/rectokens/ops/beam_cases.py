@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,19 @@ def random_requests(
             )
         )
     return requests
+
+
+def moved(requests: list[SearchRequest], device: str) -> list[SearchRequest]:
+    """The same requests with everything on a device, for the definition."""
+
+    def to(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    return [
+        replace(r, excluded_items=to(r.excluded_items), allowed_prefix=to(r.allowed_prefix),
+                allowed_items=to(r.allowed_items))
+        for r in requests
+    ]  # fmt: skip
 
 
 def prefix_of(allowed: Tensor) -> Tensor:

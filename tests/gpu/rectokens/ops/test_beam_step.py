@@ -17,6 +17,7 @@ from tests.rectokens.ops.beam_cases import (
     Search,
     check_answers,
     check_steps,
+    moved,
     random_logits,
     random_requests,
     random_trie,
@@ -54,22 +55,8 @@ def test_small(kind, compact):
         search = Search.of(trie.to("cuda"), width, batch + 1)
         search.requests.load(requests, trie.num_items)
         search.run(logits, norms, compact=compact)
-        check_steps(search, trie.to("cuda"), moved(requests), logits, norms)
+        check_steps(search, trie.to("cuda"), moved(requests, "cuda"), logits, norms)
         check_answers(search, trie, requests)
-
-
-def moved(requests):
-    """The same requests with everything on the device, for the definition."""
-    from dataclasses import replace
-
-    def cuda(tensor):
-        return None if tensor is None else tensor.cuda()
-
-    return [
-        replace(r, excluded_items=cuda(r.excluded_items), allowed_prefix=cuda(r.allowed_prefix),
-                allowed_items=cuda(r.allowed_items))
-        for r in requests
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -90,7 +77,7 @@ def test_large(items, codes, batch, width, spread, ties):
     search = Search.of(trie, width, batch, exclusions=4 * items)
     search.requests.load(requests, trie.num_items)
     search.run(logits, norms)
-    check_steps(search, trie, moved(requests), logits, norms)
+    check_steps(search, trie, moved(requests, "cuda"), logits, norms)
     check_answers(search, trie, requests)
 
 
@@ -119,7 +106,7 @@ def test_a_captured_search_survives_other_catalogs_and_batches():
         search.table.load(trie, checked=True)
         search.requests.load(requests, trie.num_items)
         graph.replay()
-        check_steps(search, trie, moved(requests), logits, norms)
+        check_steps(search, trie, moved(requests, "cuda"), logits, norms)
         check_answers(search, trie, requests)
 
 
