@@ -42,7 +42,7 @@ class LinearSettings:
         ahead: steps of those that are loaded at a time.
         few_bytes: of weight rows, read once for each row that has them as children, up to which no
             tiles are made: dot products have the shorter way.
-        programs: programs that fill the device a few times over.
+        programs: at least so many are started where there is work for them.
         fillers: programs that fill rows, which also are in the way of those that compute;
             ``fillers_many`` for more than ``many_bytes``.
         fill: entries of a row filled at a time.
@@ -58,7 +58,7 @@ class LinearSettings:
     pairs_hidden: int = 256
     ahead: int = 4
     few_bytes: int = 24 << 20
-    programs: int = 1056
+    programs: int = 264
     fillers: int = 66
     fillers_many: int = 396
     many_bytes: int = 256 << 20
