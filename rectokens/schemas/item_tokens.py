@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class ItemTokens:
@@ -69,6 +72,28 @@ class ItemTokens:
         if len(codes) != self.num_levels:
             raise ValueError(f"semantic ID has {len(codes)} codes; expected {self.num_levels}")
         return [self.token_id(level, code) for level, code in enumerate(codes)]
+
+    def encode_rows(self, codes: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Token ids of n semantic IDs at once, as :meth:`encode` gives them for each.
+
+        Args:
+            codes: integers (n, L).
+
+        Returns:
+            int64 (n, L).
+
+        Raises:
+            ValueError: rows of another length, or a code outside [0, K).
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.num_levels:
+            raise ValueError(f"codes have shape {codes.shape}; expected (n, {self.num_levels})")
+        low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+        if low < 0 or high >= self.codebook_size:
+            raise ValueError(
+                f"code is {low if low < 0 else high}; allowed are 0 to {self.codebook_size - 1}"
+            )
+        first = self.offset + self.level_stride * np.arange(self.num_levels, dtype=np.int64)
+        return codes + first
 
     def decode(self, token_ids: Iterable[int]) -> tuple[int, ...]:
         """Codes of the token ids of one (possibly partial) semantic ID, from level 0.

@@ -29,7 +29,6 @@ from server.errors import ErrorKind, ServiceError, invalid
 from server.item_text import item_text
 from server.recommender import (
     EmbedsPrompt,
-    ItemRef,
     Recommendation,
     RecommendQuery,
     TokenPrompt,
@@ -152,15 +151,14 @@ def _prompts(body: CompletionRequest, limits: LimitSettings) -> Iterator[dict[st
         yield {"parts": (), "parts_param": param, "prompt": TokenPrompt(tuple(prompt))}
 
 
-def _parts(text: str, param: str, limits: LimitSettings) -> tuple[ItemRef | TextPart, ...]:
+def _parts(text: str, param: str, limits: LimitSettings) -> tuple[str | TextPart, ...]:
     pieces = split_mentions(text)
     check_count(param, pieces, limits.max_history_items)
     check_ids(
         param, [p.item_id for p in pieces if isinstance(p, ItemMention)], limits.max_item_id_chars
     )
     return tuple(
-        ItemRef(piece.item_id) if isinstance(piece, ItemMention) else TextPart(piece)
-        for piece in pieces
+        piece.item_id if isinstance(piece, ItemMention) else TextPart(piece) for piece in pieces
     )
 
 

@@ -9,7 +9,7 @@ from rectokens.prompts.parts import TextPart
 from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, TextInput
 from server.api.score_schemas import ScoreRequest
 from server.errors import ServiceError, invalid
-from server.recommender import ItemRef, RecommendQuery
+from server.recommender import RecommendQuery
 from server.settings import Settings
 from server.settings_serving import LimitSettings, LongPrompt, NormalizationName
 
@@ -153,19 +153,18 @@ def build_query(
 
 def _parts(
     body: RecommendRequest | ScoreRequest, param: str, limits: LimitSettings
-) -> tuple[ItemRef | TextPart, ...]:
+) -> tuple[str | TextPart, ...]:
     if body.input is None:
         history = body.history or []
         check_count(param, history, limits.max_history_items)
         check_ids(param, history, limits.max_item_id_chars)
-        return tuple(ItemRef(item_id) for item_id in history)
+        return tuple(history)
     check_count(param, body.input, limits.max_history_items)
     items = [part.item for part in body.input if isinstance(part, ItemInput)]
     check_ids(param, items, limits.max_item_id_chars)
     check_chars(param, [p.text for p in body.input if isinstance(p, TextInput)], limits)
     return tuple(
-        ItemRef(part.item) if isinstance(part, ItemInput) else TextPart(part.text)
-        for part in body.input
+        part.item if isinstance(part, ItemInput) else TextPart(part.text) for part in body.input
     )
 
 
@@ -194,7 +193,7 @@ def check_count(name: str, values: Sequence[object], limit: int) -> None:
 
 def check_ids(name: str, ids: Sequence[str], limit: int) -> None:
     """Refuse an item id that is too long."""
-    longest = max((len(item_id) for item_id in ids), default=0)
+    longest = max(map(len, ids), default=0)
     if longest > limit:
         raise _over(name, f"{name} has an item id of {longest} characters", limit)
 

@@ -11,7 +11,20 @@ import numpy as np
 
 # Fewer batches than this say too little to turn anybody away for.
 _MIN_BATCHES = 8
+# Fitted again once more than one in so many is new: while it is fitted, the next batch waits.
+_FIT_PARTS = 8
 _COEFFICIENTS = 4
+# All ways to hold some coefficients at 0, as rows of ones and zeros, the fullest first.
+_SUBSETS = np.array(
+    [
+        [column in used for column in range(_COEFFICIENTS)]
+        for size in range(_COEFFICIENTS, 0, -1)
+        for used in combinations(range(_COEFFICIENTS), size)
+    ],
+    dtype=np.float64,
+)
+# Relative size of an eigenvalue that is none, and of a difference that is none.
+_SINGULAR, _ROUNDING = 1e-10, 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,7 @@ class CostEstimate:
 
     Least squares on relative errors, so that one batch that was held up for seconds weighs no
     more than any other, with coefficients that are not negative. Old batches are forgotten: a
-    slow time does not keep requests out for long.
+    slow time does not keep requests out for long. The fit may be behind by a few batches.
 
     Attributes:
         window_s: how long a batch is remembered, in seconds.
@@ -93,27 +106,32 @@ class CostEstimate:
         default_factory=lambda: deque(maxlen=64)
     )
     _fitted: BatchCost | None = None
-    _stale: bool = False
+    _news: int = 0  # batches that came or went since the fit
 
     def record(self, shape: BatchShape, seconds: float, now_s: float) -> None:
         """Remember a batch that finished at ``now_s``."""
         self._batches.append((now_s, shape, max(seconds, 1e-6)))
-        self._stale = True
+        self._news += 1
 
     def at(self, now_s: float) -> BatchCost | None:
         """The cost as of ``now_s``, None where too little is known."""
         while self._batches and self._batches[0][0] < now_s - self.window_s:
             self._batches.popleft()
-            self._stale = True
-        if self._stale:
-            known = len(self._batches) >= _MIN_BATCHES
-            self._fitted = fit_cost([batch[1:] for batch in self._batches]) if known else None
-            self._stale = False
+            self._news += 1
+        if len(self._batches) < _MIN_BATCHES:
+            self._fitted = None
+        elif self._fitted is None or self._news > len(self._batches) // _FIT_PARTS:
+            self._fitted = fit_cost([batch[1:] for batch in self._batches])
+            self._news = 0
         return self._fitted
 
 
 def fit_cost(batches: Sequence[tuple[BatchShape, float]]) -> BatchCost:
-    """The cost that explains the seconds of some batches best."""
+    """The cost that explains the seconds of some batches best.
+
+    Done between two batches, while the device waits: all subsets of the coefficients are solved
+    for in one call.
+    """
     seconds = np.array([took for _, took in batches])
     features = np.array(
         [[1, shape.tokens, shape.padded_tokens, shape.padded_rows] for shape, _ in batches],
@@ -123,13 +141,12 @@ def fit_cost(batches: Sequence[tuple[BatchShape, float]]) -> BatchCost:
     # Columns of one size, so that where shapes hardly differ the time is shared out evenly.
     scale = relative.mean(axis=0)
     relative = relative / scale
-    best, best_error = np.zeros(_COEFFICIENTS), np.inf
-    # Few coefficients: all ways to hold some of them at 0 are quickly tried, the fullest first.
-    sizes = range(_COEFFICIENTS, 0, -1)
-    for used in (list(u) for size in sizes for u in combinations(range(_COEFFICIENTS), size)):
-        found = np.linalg.lstsq(relative[:, used], np.ones(len(batches)), rcond=None)[0]
-        error = float(((relative[:, used] @ found - 1.0) ** 2).sum())
-        if (found >= 0).all() and error < best_error - 1e-12:
-            best, best_error = np.zeros(_COEFFICIENTS), error
-            best[used] = found
-    return BatchCost(*(best / scale).tolist())
+    # The normal equations of every subset; coefficients outside it come out as 0.
+    gram = (relative.T @ relative) * _SUBSETS[:, :, None] * _SUBSETS[:, None, :]
+    inverse = np.linalg.pinv(gram, rcond=_SINGULAR, hermitian=True)
+    found = (inverse @ (relative.sum(axis=0) * _SUBSETS)[:, :, None])[:, :, 0]
+    errors = ((found @ relative.T - 1.0) ** 2).sum(axis=1)
+    errors[(found < -_ROUNDING).any(axis=1)] = np.inf
+    # The first that is as good as any: the fullest.
+    best = int(np.argmax(errors <= errors.min() + _ROUNDING))
+    return BatchCost(*(np.maximum(found[best], 0.0) / scale).tolist())

@@ -16,7 +16,7 @@ from server.batching.policy import BatchLimits, Waiting, form_batch
 from server.engine.types import EngineBrokenError, EngineFault
 from server.errors import ErrorKind, ServiceError
 from server.offline.users import User
-from server.recommender import Item, ItemRef, PreparedSearch, RecommendQuery, prepare, present
+from server.recommender import Item, PreparedSearch, RecommendQuery, prepare, present
 from server.release import Release
 from server.settings_serving import DefaultSettings
 
@@ -168,7 +168,7 @@ class OfflineSearch:
     def _query(self, user: User) -> RecommendQuery:
         defaults = self._defaults
         return RecommendQuery(
-            parts=tuple(ItemRef(item_id) for item_id in user.history),
+            parts=tuple(user.history),
             parts_param="history",
             top_k=defaults.top_k,
             beam_width=max(defaults.beam_width, defaults.top_k),

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from server.recommender import ItemRef, RecommendQuery
+from rectokens.prompts.parts import TextPart
+from server.recommender import RecommendQuery
 
 # Of one kept request: item ids in its history and its filters.
 _MAX_IDS = 2_000
@@ -64,7 +65,7 @@ def anonymous(query: RecommendQuery) -> RecommendQuery:
 
 
 def _can_be_kept(query: RecommendQuery) -> bool:
-    if query.prompt is not None or not all(isinstance(part, ItemRef) for part in query.parts):
+    if query.prompt is not None or any(isinstance(part, TextPart) for part in query.parts):
         return False
     ids = len(query.parts) + len(query.exclude_items) + len(query.allow_items or ())
     return ids <= _MAX_IDS

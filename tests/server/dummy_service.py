@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
 from rectokens.artifacts.model import RetrievalSpec
 from rectokens.catalog.build import build_catalog
@@ -147,6 +149,11 @@ class TextBuilder:
             ids += [3] if isinstance(part, TextPart) else [4, 5, 6]
         items = sum(isinstance(part, ItemPart) for part in parts)
         return BuiltPrompt(tuple(ids), items_used=items, items_truncated=0)
+
+    def build_items(
+        self, codes: NDArray[np.integer], *, max_tokens: int | None = None
+    ) -> BuiltPrompt:
+        return self.build([ItemPart(tuple(row)) for row in codes.tolist()], max_tokens=max_tokens)
 
     def target(self, codes: Sequence[int]) -> list[int]:
         return [0, *codes]

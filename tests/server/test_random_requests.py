@@ -16,7 +16,7 @@ import pytest
 
 from rectokens.schemas.search import NORMALIZATIONS, SearchRequest, SearchResult
 from server.engine.pool_setup import PoolOptions
-from server.recommender import ItemRef, RecommendQuery, prepare
+from server.recommender import RecommendQuery, prepare
 from server.release import Release
 
 REQUESTS = int(os.environ.get("RANDOM_REQUESTS", "250"))
@@ -53,7 +53,7 @@ def random_query(rng: random.Random, items: int) -> RecommendQuery:
         history = ("item-0", *history)
     top_k = rng.choice([1, 2, 5, 10, 25])
     return RecommendQuery(
-        parts=tuple(map(ItemRef, history)),
+        parts=tuple(history),
         parts_param="history",
         top_k=top_k,
         beam_width=top_k + rng.choice([0, 0, 1, 7, 30]),
@@ -74,7 +74,7 @@ def allowed_rows(query: RecommendQuery, items: int) -> set[int]:
     """By going through all items."""
     barred = set(query.exclude_items)
     if query.exclude_history:
-        barred |= {part.item_id for part in query.parts if isinstance(part, ItemRef)}
+        barred |= set(query.parts)
     members = {"even": range(0, items, 2), "third": range(0, items, 3), "few": range(7)}
     return {
         row

@@ -49,7 +49,7 @@ from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape, make_random_release
 from rectokens.schemas.search import SearchResult
 from server.demo.running import running_server
-from server.recommender import ItemRef, RecommendQuery, prepare, present
+from server.recommender import RecommendQuery, prepare, present
 from server.release import Release, load_release
 from server.settings import Settings, load_settings
 
@@ -109,7 +109,7 @@ def query_of(body: dict[str, Any], settings: Settings) -> RecommendQuery:
     """What the service makes of such a request."""
     defaults = settings.defaults
     return RecommendQuery(
-        parts=tuple(map(ItemRef, body["history"])),
+        parts=tuple(body["history"]),
         parts_param="history",
         top_k=body["top_k"],
         beam_width=body["beam_width"],

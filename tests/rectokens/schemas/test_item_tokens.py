@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from rectokens.schemas.item_tokens import ItemTokens
@@ -19,12 +20,21 @@ def test_round_trip_of_every_code() -> None:
     assert TOKENS.end == 128
 
 
+def test_rows_are_encoded_as_each_alone() -> None:
+    rows = np.array([(7, 0, 3), (0, 0, 0), (1, 7, 7)], dtype=np.int16)
+    assert TOKENS.encode_rows(rows).tolist() == [TOKENS.encode(row) for row in rows.tolist()]
+    assert TOKENS.encode_rows(rows[:0]).shape == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: TOKENS.token_id(3, 0), "level is 3; allowed are 0 to 2"),
         (lambda: TOKENS.token_id(0, 8), "code is 8; allowed are 0 to 7"),
         (lambda: TOKENS.encode((1, 2)), "2 codes; expected 3"),
+        (lambda: TOKENS.encode_rows(np.zeros((4, 2), int)), r"shape \(4, 2\); expected \(n, 3\)"),
+        (lambda: TOKENS.encode_rows(np.array([[0, 8, 0]])), "code is 8; allowed are 0 to 7"),
+        (lambda: TOKENS.encode_rows(np.array([[0, 9, -1]])), "code is -1; allowed are 0 to 7"),
         (lambda: TOKENS.decode([109]), "token id 109 is no code of level 0"),
         (lambda: TOKENS.decode([100, 110, 120, 130]), "130 is no code of level 3"),
         (lambda: ItemTokens(0, 7, 3, 8, 1), "level_stride is 7"),

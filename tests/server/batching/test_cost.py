@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 
 from server.batching.cost import BatchCost, BatchShape, CostEstimate, fit_cost
@@ -60,3 +62,45 @@ def test_little_is_known_of_few_batches_and_of_old_ones():
         estimate.record(shape, seconds, now_s=float(i))
     assert estimate.at(8.0) is not None
     assert estimate.at(30.5) is None  # the oldest of the eight is forgotten
+
+
+def least_squares(batches):
+    """Every way to hold some of the four coefficients at 0, one after the other."""
+    features = np.array(
+        [[1, s.tokens, s.padded_tokens, s.padded_rows] for s, _ in batches], dtype=np.float64
+    )
+    relative = features / np.array([seconds for _, seconds in batches])[:, None]
+    best = np.inf
+    for size in range(1, 5):
+        for used in itertools.combinations(range(4), size):
+            found = np.linalg.lstsq(relative[:, used], np.ones(len(batches)), rcond=None)[0]
+            if (found >= 0).all():
+                best = min(best, float(((relative[:, used] @ found - 1) ** 2).sum()))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_cost_fits_better(seed):
+    rng = random.Random(seed)
+    given = [
+        (shape, seconds * rng.uniform(0.5, 2.0))
+        for shape, seconds in batches(rng.randint(8, 64), PADDING, seed=seed)
+    ]
+    cost = fit_cost(given)
+    error = sum((cost.seconds(shape) / seconds - 1) ** 2 for shape, seconds in given)
+    assert error == pytest.approx(least_squares(given), rel=1e-6)
+
+
+def test_what_is_estimated_follows_what_batches_take():
+    estimate = CostEstimate()
+    shape = BatchShape(8, 800, 100, 50)
+    for number in range(64):
+        estimate.record(shape, 0.02, now_s=number / 10)
+        known = estimate.at(number / 10)
+        assert (known is None) == (number < 7)
+    assert known.seconds(shape) == pytest.approx(0.02)
+    # All that is remembered, and the eighth that a fit may be behind.
+    for number in range(64, 64 + 64 + 8 + 1):
+        estimate.record(shape, 0.2, now_s=number / 10)
+        known = estimate.at(number / 10)
+    assert known.seconds(shape) == pytest.approx(0.2)

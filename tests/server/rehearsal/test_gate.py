@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import ErrorKind, ServiceError
-from server.recommender import ItemRef, RecommendQuery, TextPart
+from server.recommender import RecommendQuery, TextPart
 from server.rehearsal.gate import Thresholds, objections
 from server.rehearsal.replay import Replayed, compare, overlap, replay
 from server.rehearsal.sample import RecentQueries
 from server.rehearsal.types import GateOptions
 
 QUERY = RecommendQuery(
-    parts=(ItemRef("a"),),
+    parts=("a",),
     parts_param="history",
     top_k=3,
     beam_width=8,
@@ -117,8 +117,8 @@ class TestSample:
     def test_who_asked_and_when_is_not_kept_nor_any_text(self):
         kept = RecentQueries(9, clock=iter(range(100)).__next__)
         kept.add(QUERY)
-        kept.add(replace(QUERY, parts=(ItemRef("a"), TextPart("my name is"))))
-        kept.add(replace(QUERY, parts=(ItemRef("a"),) * 3_000))
+        kept.add(replace(QUERY, parts=("a", TextPart("my name is"))))
+        kept.add(replace(QUERY, parts=("a",) * 3_000))
         (only,) = kept.latest(9)
         assert (only.deadline_s, only.seed, only.temperature) == (0, None, 0.0)
         assert (only.with_metadata, only.with_level_scores) == (False, False)
@@ -132,7 +132,7 @@ class TestSample:
         assert len(kept) == 1
         for number in range(10):
             now[0] += 1
-            kept.add(replace(QUERY, parts=(ItemRef(str(number)),)))
-        assert [query.parts[0].item_id for query in kept.latest(2)] == ["8", "9"]
+            kept.add(replace(QUERY, parts=(str(number),)))
+        assert [query.parts[0] for query in kept.latest(2)] == ["8", "9"]
         assert len(kept) == 4
         assert kept.latest(0) == []
