@@ -147,9 +147,12 @@ def _device(settings: Settings) -> torch.device:
 
 
 def _prompt_bytes(settings: Settings, device: torch.device) -> int:
-    """What a model takes to keep prompts in; a GPU's default is a share of what is free then."""
+    """What a model takes to keep prompts in; a GPU's default is a share of what is free then.
+
+    On a GPU attention reads prompts there whether or not they are kept from batch to batch.
+    """
     engine = settings.engine
-    if not engine.prefix_cache:
+    if device.type == "cpu" and not engine.prefix_cache:
         return 0
     if engine.kv_memory_mib is not None:
         return engine.kv_memory_mib << 20

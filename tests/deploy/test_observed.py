@@ -94,6 +94,12 @@ def test_every_metric_and_label_that_is_named_exists(where, expression):
     assert label_names(expression) <= labels | {"state", "name"}, where
 
 
+def test_every_figure_that_is_recorded_is_read():
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    read = {name for _, expression in expressions() for name in metric_names(expression)}
+    assert recorded <= read
+
+
 def test_every_alert_is_tested_and_explained():
     alerts = {rule["alert"] for rule in rules() if "alert" in rule}
     tests = yaml.safe_load((DEPLOY / "prometheus" / "rules.test.yml").read_text())["tests"]

@@ -7,6 +7,7 @@ import gc
 import shutil
 import threading
 import weakref
+from functools import partial
 
 import fsspec
 import pytest
@@ -15,6 +16,8 @@ import structlog
 from rectokens.artifacts.open_store import open_release_store
 from server.memory import NotEnoughMemoryError
 from server.release import ReleaseError
+from server.release_source import ReleaseSource
+from server.settings import load_settings
 
 FAST = {"store__poll_s": "0.02"}
 
@@ -431,6 +434,20 @@ class TestMemory:
         small_store.add(3)
         small_store.activate(3)
         await served(running, 3, small_store)
+
+    @pytest.mark.parametrize(("device", "refused"), [("cuda", True), ("cpu", False)])
+    def test_a_gpu_takes_that_room_even_where_nothing_is_kept(self, small_store, device, refused):
+        settings = load_settings(
+            {"device": device, "engine": {"prefix_cache": False, "kv_memory_mib": 64}}
+        )
+        source = ReleaseSource(settings, small_store.store, lambda place: 64 << 20)
+        small_store.add(2)
+        load = partial(source.load, small_store.releases[2], None)
+        if refused:
+            with pytest.raises(NotEnoughMemoryError, match="bytes are missing"):
+                load()
+        else:
+            assert load().engine.prefix_cache is None
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
