@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import weakref
 from collections import Counter
@@ -10,93 +9,13 @@ import pytest
 import torch
 
 from rectokens.schemas.search import SearchRequest
-from server.batching.batcher import Batcher, QueueLimits
-from server.batching.policy import BatchLimits
 from server.engine.types import EngineBrokenError
 from server.errors import EngineFaultError, ErrorKind, ServiceError
-
-LIMITS = BatchLimits(max_requests=8, max_beam_rows=1_000, max_prompt_tokens=1_000)
+from tests.server.batching.asking import ask, ask_while_busy, begun, prepared_ahead, search, settled
 
 
 class Hog:
     """Stands for memory on the device."""
-
-
-class Observer:
-    def __init__(self):
-        self.started: list[tuple[int, int]] = []
-        self.queue_s: list[float] = []
-        self.finished = 0
-
-    def batch_started(self, requests, beam_rows, queue_s):
-        self.started.append((requests, beam_rows))
-        self.queue_s += queue_s
-
-    def batch_finished(self, prefill_s, decode_s):
-        self.finished += 1
-
-
-@pytest.fixture
-def release(dummy):
-    return dummy.make_release()
-
-
-@pytest.fixture
-async def make_batcher():
-    started: list[Batcher] = []
-
-    def make(limits=LIMITS, max_queued_beam_rows=1_000, max_queued_requests=1_000):
-        queue_limits = QueueLimits(max_queued_requests, max_queued_beam_rows)
-        batcher = Batcher(limits, queue_limits, Observer())
-        batcher.start()
-        started.append(batcher)
-        return batcher
-
-    yield make
-    for batcher in started:
-        await batcher.stop(timeout_s=10)
-
-
-def search(beam_width=10, prompt_tokens=3):
-    return SearchRequest(
-        prompt=(1,) * prompt_tokens, beam_width=beam_width, top_k=min(2, beam_width)
-    )
-
-
-async def ask(batcher, release, request=None, timeout_s=30.0):
-    request = request or search()
-    with batcher.admit(request.beam_width, time.monotonic() + timeout_s) as place:
-        return await batcher.run(place, release, request)
-
-
-async def settled():
-    """Let every task run that can."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-async def begun(engine, batches):
-    await asyncio.to_thread(engine.wait_for_batches, batches)
-
-
-async def prepared_ahead(batcher, engine, requests):
-    """Wait until exactly these are prepared to be the next batch."""
-    await asyncio.to_thread(engine.wait_for_prepared, requests)
-    while batcher._prefetcher._ahead is None or (
-        len(batcher._prefetcher._ahead.keys) != len(requests)
-    ):
-        await asyncio.sleep(0.001)
-
-
-async def ask_while_busy(batcher, release, requests):
-    """Tasks for requests that all wait in the queue while one batch is held at the gate."""
-    release.engine.gate.clear()
-    done = len(release.engine.batches)
-    head = asyncio.create_task(ask(batcher, release))
-    await begun(release.engine, done + 1)
-    tasks = [asyncio.create_task(ask(batcher, release, request)) for request in requests]
-    await settled()
-    return head, tasks
 
 
 async def test_an_answer_comes_with_its_times(make_batcher, release):
@@ -370,97 +289,6 @@ async def test_a_running_request_past_its_deadline_is_answered_so(make_batcher, 
         await ask(batcher, release, timeout_s=0.05)
     assert error.value.kind is ErrorKind.DEADLINE_EXCEEDED
     release.engine.gate.set()
-
-
-async def test_the_queue_is_bounded_in_beam_rows(make_batcher, release):
-    batcher = make_batcher(max_queued_beam_rows=100)
-    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=60)])
-    with pytest.raises(ServiceError) as error:
-        batcher.admit(41, time.monotonic() + 10)
-    assert error.value.kind is ErrorKind.OVERLOADED
-    assert error.value.retry_after_s >= 1
-    assert "60" in error.value.message
-    assert "100" in error.value.message
-    with batcher.admit(40, time.monotonic() + 10):
-        assert batcher.queued_beam_rows == 100
-    assert batcher.queued_beam_rows == 60
-    release.engine.gate.set()
-    await asyncio.gather(head, *tasks)
-
-
-async def test_narrow_requests_are_bounded_in_number(make_batcher, release):
-    batcher = make_batcher(max_queued_requests=3)
-    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=1)] * 3)
-    with pytest.raises(ServiceError) as error:
-        batcher.admit(1, time.monotonic() + 10)
-    assert error.value.kind is ErrorKind.OVERLOADED
-    assert "3 requests" in error.value.message
-    release.engine.gate.set()
-    await asyncio.gather(head, *tasks)
-    with batcher.admit(1, time.monotonic() + 10):
-        pass
-
-
-async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(make_batcher, release):
-    batcher = make_batcher()
-    release.engine.on_search = lambda requests: time.sleep(0.1)
-    await ask(batcher, release, search(beam_width=10))  # about 100 rows a second
-    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=300)])
-    with pytest.raises(ServiceError) as error:
-        batcher.admit(10, time.monotonic() + 0.5)
-    assert error.value.kind is ErrorKind.DEADLINE_UNREACHABLE
-    assert error.value.retry_after_s > 1
-    with batcher.admit(10, time.monotonic() + 60):
-        pass
-    release.engine.gate.set()
-    await asyncio.gather(head, *tasks)
-
-
-async def test_who_is_let_in_makes_it_at_half_the_rate_too(make_batcher, release):
-    batcher = make_batcher()
-    release.engine.on_search = lambda requests: time.sleep(0.1)
-    await ask(batcher, release, search(beam_width=10))  # about 100 rows a second
-    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=300)])
-    # Three seconds of work are ahead.
-    with pytest.raises(ServiceError) as error:
-        batcher.admit(10, time.monotonic() + 4.5)
-    assert error.value.kind is ErrorKind.DEADLINE_UNREACHABLE
-    with batcher.admit(10, time.monotonic() + 9):
-        pass
-    release.engine.gate.set()
-    await asyncio.gather(head, *tasks)
-
-
-async def test_batches_whose_callers_gave_up_tell_how_slow_the_engine_is(make_batcher, release):
-    """Or an overloaded service would go on letting in whom it cannot answer."""
-    batcher, engine = make_batcher(), release.engine
-    await ask(batcher, release)  # takes no time
-    done = len(engine.batches)
-    engine.gate.clear()
-    gave_up = asyncio.create_task(ask(batcher, release, timeout_s=0.05))
-    await begun(engine, done + 1)
-    waits = asyncio.create_task(ask(batcher, release))
-    (error,) = await asyncio.gather(gave_up, return_exceptions=True)
-    assert error.kind is ErrorKind.DEADLINE_EXCEEDED
-    await asyncio.sleep(0.3)
-    second = threading.Event()
-    engine.on_search = lambda requests: second.wait(30) if len(engine.batches) > done + 1 else None
-    engine.gate.set()
-    await begun(engine, done + 2)
-    with pytest.raises(ServiceError) as refused:
-        batcher.admit(10, time.monotonic() + 0.25)
-    assert refused.value.kind is ErrorKind.DEADLINE_UNREACHABLE
-    second.set()
-    await waits
-
-
-async def test_an_idle_engine_takes_a_request_however_slow_it_was(make_batcher, release):
-    batcher = make_batcher()
-    release.engine.on_search = lambda requests: time.sleep(0.2)
-    await ask(batcher, release, search(beam_width=2))
-    release.engine.on_search = lambda requests: None
-    # 10 rows a second were measured, which would be ten seconds.
-    await ask(batcher, release, search(beam_width=100), timeout_s=5.0)
 
 
 async def test_a_dead_engine_thread_answers_everybody_at_once(make_batcher, release):
