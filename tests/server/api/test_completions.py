@@ -11,13 +11,9 @@ import torch
 from rectokens.prompt_embeds import dump_payload, dump_tensor
 from rectokens.turboquant import encode_embeddings
 from server.api.completion_schemas import NEUTRAL_VALUES, CompletionResponse
+from tests.server.api.answers import assert_error
 
 URL = "/v1/completions"
-
-
-@pytest.fixture
-def engine(dummy):
-    return dummy.DummyEngine()
 
 
 @pytest.fixture
@@ -37,14 +33,6 @@ def answered(response):
 
 def items(response):
     return [choice["item"]["item_id"] for choice in answered(response)["choices"]]
-
-
-def assert_error(response, status, code, param=None):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param), error
-    return error["message"]
 
 
 def plain(tokens=3, hidden=8):

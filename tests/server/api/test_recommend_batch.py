@@ -16,11 +16,6 @@ URL = "/v1/recommend/batch"
 
 
 @pytest.fixture
-def engine(dummy):
-    return dummy.DummyEngine()
-
-
-@pytest.fixture
 async def running(start_app, dummy, engine):
     return await start_app(dummy.make_release(engine), batching__max_bulk_in_flight=8)
 
