@@ -70,8 +70,8 @@ class JobSettings(SettingsGroup):
     )
     keep_process_ready: bool = Field(
         default=True,
-        description="Keep a process ready for the next job, past its imports (about two seconds of "
-        "a core); it holds about 300 MiB while it waits.",
+        description="Keep a process ready for the next job, a copy of one that is past its "
+        "imports (about three seconds of a core, once); the two hold about 400 MiB.",
     )
     database: str | None = Field(
         default=None,

@@ -1,7 +1,8 @@
 """The process of a job: begun when it is wanted, or before, so that the job need not wait for it.
 
-A fresh process spends two seconds of a core on imports. A worker therefore keeps one that is past
-them, and a change of a few items is served that much sooner.
+A fresh process spends three seconds of a core on imports. A worker therefore has one that is past
+most of them, :mod:`~server.jobs.preload`, of which processes of jobs are copies, and keeps a copy
+that is past the rest of them: a change of a few items is served that much sooner.
 """
 
 from __future__ import annotations
@@ -11,25 +12,39 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import (
+    ForkServerContext,
+    ForkServerProcess,
+    SpawnContext,
+    SpawnProcess,
+)
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+import structlog
+
 from server.jobs.child import follow_parent, run_job
+from server.jobs.owner import process_is_gone
 from server.jobs.types import JobKind
 
 if TYPE_CHECKING:
     from server.settings import Settings
 
+_log = structlog.get_logger(__name__)
+
+_PRELOAD = ["server.jobs.preload"]
 # A process that was taken is replaced once its job is done, or after so long: not while both
 # would want the same cores.
 _REPLACE_S = 10.0
 # After one that died by itself.
 _RETRY_S = 30.0
+_END_S = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +56,57 @@ class JobProcess:
         connection: orders to it, messages from it; see :func:`~server.jobs.child.run_job`.
     """
 
-    process: SpawnProcess
+    process: SpawnProcess | ForkServerProcess
     connection: Connection
+    _system: psutil.Process | None
 
     @classmethod
-    def begin(cls, settings: Settings) -> JobProcess:
-        """Start one."""
-        context = get_context("spawn")
+    def begin(cls, settings: Settings, *, copied: bool = False) -> JobProcess:
+        """Start one.
+
+        Args:
+            settings: of the service.
+            copied: from a process that has loaded :mod:`~server.jobs.preload`, which the first
+                call starts and waits for. Not for jobs with a share of the GPU: what its driver
+                holds cannot be copied.
+        """
+        if copied and not settings.jobs.gpu_share:
+            try:
+                return cls._begin(settings, copied=True)
+            except (EOFError, OSError) as error:
+                _log.warning("a job's process cannot be copied", reason=repr(error))
+        return cls._begin(settings, copied=False)
+
+    @classmethod
+    def _begin(cls, settings: Settings, *, copied: bool) -> JobProcess:
+        threads = settings.jobs.threads
+        limits = {"OMP_NUM_THREADS": threads, "POLARS_MAX_THREADS": threads}
+        context: SpawnContext | ForkServerContext = get_context("spawn")
+        if copied:
+            # Its threads would not be copied with it.
+            limits["OPENBLAS_NUM_THREADS"] = 1
+            context = get_context("forkserver")
+            context.set_forkserver_preload(_PRELOAD)
         ours, theirs = context.Pipe()
         process = context.Process(target=_wait_for_job, args=(theirs, settings), name="job")
-        with _threads(settings.jobs.threads):
-            process.start()
-        theirs.close()
-        return cls(process, ours)
+        try:
+            with _environment(limits):
+                process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        try:
+            system = psutil.Process(process.pid)
+        except psutil.Error:
+            system = None  # it has ended already
+        return cls(process, ours, system)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return self.process.is_alive()
 
     def order(self, kind: JobKind, params: bytes, errors: Path) -> None:
         """Tell it which job to do; see :func:`~server.jobs.child.run_job`.
@@ -65,12 +118,35 @@ class JobProcess:
         self.connection.send_bytes(json.dumps(header).encode())
         self.connection.send_bytes(params)
 
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._send(signal.SIGKILL)
+
     def end(self) -> None:
         """Kill it, unless it has ended."""
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        pid = self.process.pid
+        assert pid is not None
+        if not process_is_gone(pid):
+            self.kill()
+        self.process.join()
+        until = time.monotonic() + _END_S
+        while self._system is not None and not process_is_gone(pid) and time.monotonic() < until:
+            time.sleep(0.01)
         self.connection.close()
+
+    def _send(self, number: signal.Signals) -> None:
+        """Send a signal.
+
+        Not by ``multiprocessing``, for which a process has ended as soon as the one has that it
+        was copied from; and never to a later process of the same id.
+        """
+        with suppress(psutil.Error):
+            if self._system is not None:
+                self._system.send_signal(number)
 
 
 class ReadyProcess:
@@ -82,42 +158,64 @@ class ReadyProcess:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._lock = threading.Lock()
+        self._state = threading.Condition()
         self._waiting: JobProcess | None = None
+        self._beginning = False
+        self._closed = False
         self._not_before = 0.0
 
     def take(self) -> JobProcess:
         """The one that waits, or a fresh one."""
-        with self._lock:
+        with self._state:
+            self._state.wait_for(lambda: not self._beginning)
             taken, self._waiting = self._waiting, None
             self._not_before = time.monotonic() + _REPLACE_S
-        if taken is not None and taken.process.is_alive():
+        if taken is not None and taken.is_alive:
             return taken
         if taken is not None:
             taken.end()
-        return JobProcess.begin(self._settings)
+        return JobProcess.begin(self._settings, copied=True)
 
     def job_done(self) -> None:
         """The next one may be begun."""
         self._not_before = 0.0
 
     def keep(self) -> None:
-        """See that there is one, if it is time; to be called again and again."""
-        with self._lock:
-            waiting = self._waiting
-            if waiting is not None and not waiting.process.is_alive():
-                waiting.end()
-                self._waiting = None
-                self._not_before = time.monotonic() + _RETRY_S
-            if self._waiting is None and time.monotonic() >= self._not_before:
-                self._waiting = JobProcess.begin(self._settings)
+        """See that there is one, if it is time; to be called again and again.
 
-    def close(self) -> None:
-        """End the one that waits."""
-        with self._lock:
-            if self._waiting is not None:
+        Takes as long as it takes to begin one, seconds at first.
+        """
+        with self._state:
+            if self._waiting is not None and not self._waiting.is_alive:
                 self._waiting.end()
                 self._waiting = None
+                self._not_before = time.monotonic() + _RETRY_S
+            due = self._waiting is None and time.monotonic() >= self._not_before
+            if self._closed or self._beginning or not due:
+                return
+            self._beginning = True
+        begun = None
+        try:
+            begun = JobProcess.begin(self._settings, copied=True)
+        finally:
+            self._began(begun)
+
+    def _began(self, begun: JobProcess | None) -> None:
+        with self._state:
+            self._beginning = False
+            closed = self._closed
+            self._waiting = None if closed else begun
+            self._state.notify_all()
+        if closed and begun is not None:
+            begun.end()
+
+    def close(self) -> None:
+        """End the one that waits; there will be no other."""
+        with self._state:
+            self._closed = True
+            waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.end()
 
 
 def _wait_for_job(connection: Connection, settings: Settings) -> None:
@@ -143,37 +241,26 @@ def _import_everything(threads: int) -> None:
 
         import server.jobs.context
         import server.jobs.kinds
-        import server.jobs.params
-        import server.jobs.places
+        import server.jobs.preload
         import server.jobs.rehearse  # noqa: F401
-        from rectokens.tokenizers.rq_kmeans import RQKMeansTokenizer
 
-        # The first use of a tokenizer makes torch load as much again.
         torch.set_num_threads(threads)
-        rows = torch.eye(2)
-        RQKMeansTokenizer(num_levels=1, codebook_size=2, dim=2, seed=0).fit_step(rows).encode(rows)
 
 
-class _threads:  # noqa: N801 (a context manager, used as a function)
-    """Limit the threads of a process that is started within; its libraries read this once."""
+@contextmanager
+def _environment(values: dict[str, int]) -> Iterator[None]:
+    """Set variables for a process that is started within; its libraries read them once."""
+    with _ENVIRONMENT:
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update({name: str(value) for name, value in values.items()})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
-    _NAMES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS")
-    _LOCK = threading.Lock()
 
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._before: dict[str, str | None] = {}
-
-    def __enter__(self) -> None:
-        self._LOCK.acquire()
-        for name in self._NAMES:
-            self._before[name] = os.environ.get(name)
-            os.environ[name] = str(self._number)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._LOCK.release()
+_ENVIRONMENT = threading.Lock()

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +151,16 @@ class _Run:
 
     def to_the_end(self, ending: threading.Event) -> Job:
         begun = self._start()
-        process, connection = begun.process, begun.connection
+        process = begun.process
         self.child_pid = process.pid
         self._owner = self._owner.next(process.pid)
         started = time.monotonic()
         putting_back = False
         try:
             while True:
-                if not self._receive(connection):
+                if not self._receive(begun.connection):
                     process.join(_TICK_S)  # it has closed its end, so it is about to be gone
-                    if not process.is_alive():
+                    if not begun.is_alive:
                         break
                 if self._outcome is not None:
                     break
@@ -169,11 +168,11 @@ class _Run:
                 self._beat(moment)
                 if ending.is_set() and self._stop_sent_at is None:
                     putting_back = True
-                    self._stop(process, moment)
+                    self._stop(begun, moment)
                 if self._stop_sent_at is None and self._asked_to_stop(moment):
                     self._say("asked to stop")
-                    self._stop(process, moment)
-                self._enforce(process, moment - started, moment)
+                    self._stop(begun, moment)
+                self._enforce(begun, moment - started, moment)
                 self._write(moment)
             process.join(self._settings.jobs.cancel_grace_s + 1.0)
         finally:
@@ -220,11 +219,11 @@ class _Run:
             self._change(cancel_requested=True)
         return asked
 
-    def _stop(self, process: SpawnProcess, moment: float) -> None:
+    def _stop(self, begun: JobProcess, moment: float) -> None:
         self._stop_sent_at = moment
-        process.terminate()
+        begun.terminate()
 
-    def _enforce(self, process: SpawnProcess, ran_s: float, moment: float) -> None:
+    def _enforce(self, begun: JobProcess, ran_s: float, moment: float) -> None:
         """Kill the process where it has gone over a limit."""
         jobs = self._settings.jobs
         if self._killed_for is not None:
@@ -232,21 +231,19 @@ class _Run:
         if self._stop_sent_at is not None and moment - self._stop_sent_at > jobs.cancel_grace_s:
             self._say(f"did not stop within {jobs.cancel_grace_s:g} s; killed")
             self._stop_sent_at = moment
-            process.kill()
+            begun.kill()
         elif ran_s > jobs.time_limit_s:
             message = (
                 f"the job took longer than it may (jobs.time_limit_s is {jobs.time_limit_s:g})"
             )
-            self._kill_for(process, JobErrorKind.TIME_LIMIT, message)
-        elif _private_bytes(process.pid) > jobs.memory_limit_gib * 2**30:
-            self._kill_for(
-                process, JobErrorKind.MEMORY_LIMIT, memory_message(jobs.memory_limit_gib)
-            )
+            self._kill_for(begun, JobErrorKind.TIME_LIMIT, message)
+        elif _private_bytes(self.child_pid) > jobs.memory_limit_gib * 2**30:
+            self._kill_for(begun, JobErrorKind.MEMORY_LIMIT, memory_message(jobs.memory_limit_gib))
 
-    def _kill_for(self, process: SpawnProcess, kind: JobErrorKind, message: str) -> None:
+    def _kill_for(self, begun: JobProcess, kind: JobErrorKind, message: str) -> None:
         self._killed_for = JobFault(type=kind, message=message)
         self._say(f"killed: {message}")
-        process.kill()
+        begun.kill()
 
     def _conclude(self, exit_code: int | None, putting_back: bool) -> Job:
         outcome = self._outcome or {}

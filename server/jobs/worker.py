@@ -22,7 +22,8 @@ from server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
-_POLL_S = 0.2
+# What is looked at is in memory where SQLite keeps the jobs; others block until there is one.
+_POLL_S = 0.05
 _SWEEP_S = 5.0
 # A worker on another host that gave no sign of life for so long is taken for dead.
 _SILENCE_S = 30.0
@@ -53,13 +54,15 @@ class Worker:
         ]
         for thread in threads:
             thread.start()
-        next_sweep = 0.0
-        while not self._ending.wait(_POLL_S):
-            if time.monotonic() >= next_sweep:
-                self._sweep()
-                next_sweep = time.monotonic() + _SWEEP_S
-            if self._ready is not None:
-                self._ready.keep()
+        if self._ready is not None:
+            # Nobody waits for it: the first one takes seconds to begin.
+            keeper = threading.Thread(target=self._keep, args=(self._ready,), name="keep")
+            keeper.daemon = True
+            keeper.start()
+        while True:
+            self._sweep()
+            if self._ending.wait(_SWEEP_S):
+                break
         for thread in threads:
             thread.join()
         if self._ready is not None:
@@ -98,6 +101,15 @@ class Worker:
             seconds=round(time.monotonic() - started, 3),
             error=None if ended.error is None else ended.error.message,
         )
+
+    def _keep(self, ready: ReadyProcess) -> None:
+        while not self._ending.is_set():
+            try:
+                ready.keep()
+            except Exception:
+                _log.exception("no process can be kept ready")
+                self._ending.wait(_RETRY_S)
+            self._ending.wait(_POLL_S)
 
     def _sweep(self) -> None:
         try:
