@@ -42,6 +42,9 @@ _TRY_S = 60.0
 _CANDIDATE_S = 60.0
 # Loading shares the machine with the requests, and may take longer for it.
 _LOADER_NICENESS = 10
+# Between two looks while something is about to happen: the first release is loaded, or the pointer
+# reaches one that is held ready.
+_SOON_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class ReleaseFollower:
     Attributes:
         status: how the service stands to the store.
         loading: the version that is being loaded, None for none.
+        news: set whenever another release is served, or cannot be.
 
     Args:
         service: what serves.
@@ -113,8 +117,10 @@ class ReleaseFollower:
         # Prepared for the pointer to reach it, until then.
         self._candidate: Release | None = None
         self._candidate_until_s = 0.0
+        self._prepared = asyncio.Event()
         self._retry_at_s = 0.0
         self.loading: str | None = None
+        self.news = asyncio.Event()
         self._stop = threading.Event()
         self.status = StoreStatus()
 
@@ -129,14 +135,14 @@ class ReleaseFollower:
     async def run(self) -> None:
         """Look at the pointer again and again, until cancelled."""
         while self._service.release is None:
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(min(_SOON_S, self._poll_s))
         while True:
             try:
                 await self.step()
             except Exception:
                 # Nothing may end the following: the next look starts afresh.
                 _log.exception("following the store failed")
-            await asyncio.sleep(self._poll_s)
+            await self._until_next_look()
 
     async def step(self) -> None:
         """Look at the pointer once, and follow it if it has moved."""
@@ -221,12 +227,23 @@ class ReleaseFollower:
             if accepted:
                 self._candidate = candidate
                 self._candidate_until_s = self._clock() + _CANDIDATE_S
+                self._prepared.set()
 
     async def stop(self) -> None:
         """Let go of the loader thread and of what it prepared."""
         self._stop.set()
         self._candidate = None
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _until_next_look(self) -> None:
+        """Wait until it is time to look at the pointer: soon, where a release is held ready."""
+        if self._candidate is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_s):
+                    await self._prepared.wait()
+        self._prepared.clear()
+        if self._candidate is not None:
+            await asyncio.sleep(min(_SOON_S, self._poll_s))
 
     async def _switch_to(self, version: str) -> None:
         """Serve a release; on failure nothing has changed."""
@@ -239,6 +256,7 @@ class ReleaseFollower:
         new_model = _model_of(candidate) != _model_of(self._service.release)
         self._service.activate(candidate)
         self._service.metrics.swapped(self._clock() - started)
+        self.news.set()
         if new_model:
             # Models may hold themselves in cycles, and a device's memory is freed only with them.
             del candidate
@@ -311,6 +329,7 @@ class ReleaseFollower:
         self.status = StoreStatus(self.status.active, failure)
         self._retry_at_s = self._clock() + min(_FIRST_RETRY_S * 2 ** (attempts - 1), _MAX_RETRY_S)
         self._service.metrics.swap_failed()
+        self.news.set()
         serving = self._service.release
         _log.error(
             "the active release is not served",

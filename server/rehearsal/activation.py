@@ -10,8 +10,8 @@ from typing import Any
 from server.rehearsal.board import RehearsalBoard
 from server.rehearsal.types import GateOptions, RehearsalReport, RehearsalRequest, ServerState
 
-_LOOK_S = 0.1
-# A server looks for requests every half second, unless it loads something just now.
+_LOOK_S = 0.05
+# A server looks for requests ten times a second, unless it loads something just now.
 _CLAIM_TIMEOUT_S = 600.0
 # No new sign of life for so long, measured here: the server is dead or hangs.
 _SILENCE_S = 20.0

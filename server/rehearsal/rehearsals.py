@@ -7,7 +7,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -36,7 +37,7 @@ from server.settings import Settings
 _log = structlog.get_logger(__name__)
 
 _BEAT_S = 1.0
-_LOOK_S = 0.5
+_LOOK_S = 0.1
 _REPLAY_TIMEOUT_S = 30.0
 
 
@@ -68,8 +69,8 @@ class Rehearsals:
     async def run(self) -> None:
         """Give signs of life and take requests, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(_again_and_again(self.announce, _BEAT_S))
-            group.create_task(_again_and_again(self.take_one, _LOOK_S))
+            group.create_task(_again_and_again(self.announce, self._until_next_beat))
+            group.create_task(_again_and_again(self.take_one, lambda: asyncio.sleep(_LOOK_S)))
 
     async def stop(self) -> None:
         """Tell the others that this process is gone."""
@@ -97,6 +98,14 @@ class Rehearsals:
         )
         del serving
         await asyncio.to_thread(self._board.announce, state)
+
+    async def _until_next_beat(self) -> None:
+        """Wait for a second, or until there is news: a job waits to hear what is served."""
+        # Not wait_for, which Python 3.11 lets swallow a cancellation that comes with the news.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_BEAT_S):
+                await self._follower.news.wait()
+        self._follower.news.clear()
 
     async def take_one(self) -> None:
         """Take a request if there is one, try its release, and report."""
@@ -210,11 +219,13 @@ class Trial:
         )
 
 
-async def _again_and_again(step: Callable[[], Any], every_s: float) -> None:
+async def _again_and_again(
+    step: Callable[[], Awaitable[None]], pause: Callable[[], Awaitable[None]]
+) -> None:
     while True:
         try:
             await step()
         except Exception:
             # The database of the jobs may be away for a while; serving goes on.
             _log.warning("a look at the jobs' database failed", exc_info=True)
-        await asyncio.sleep(every_s)
+        await pause()

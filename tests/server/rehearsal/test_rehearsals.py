@@ -41,6 +41,11 @@ class Place:
         async with asyncio.timeout(30):
             return await asyncio.to_thread(steps.rehearse, str(self._count), release, given)
 
+    async def alive(self) -> None:
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(self.board.servers):
+                await asyncio.sleep(0.01)
+
     async def served(self, number: int) -> None:
         wanted = self.small_store.releases[number]
         async with asyncio.timeout(20):
@@ -53,12 +58,31 @@ async def start(start_app: Any, small_store: Any) -> Any:
     async def begin(**flags: Any) -> Place:
         running = await start_app(store__path=str(small_store.root), **FAST, **flags)
         place = Place(running, small_store)
-        async with asyncio.timeout(20):
-            while not await asyncio.to_thread(place.board.servers):
-                await asyncio.sleep(0.01)
+        await place.alive()
         return place
 
     return begin
+
+
+async def test_nobody_waits_for_the_next_look_or_the_next_sign_of_life(
+    start_app, small_store, monkeypatch
+):
+    """What is held ready is served as soon as the pointer moves, and a job is told at once."""
+    hour = "3600"
+    monkeypatch.setattr("server.rehearsal.rehearsals._BEAT_S", 3_600.0)
+    running = await start_app(store__path=str(small_store.root), **{**FAST, "store__poll_s": hour})
+    place = Place(running, small_store)
+    small_store.add(2)
+    await place.alive()
+    assert (await place.rehearse(2)).state == "passed"
+    small_store.activate(2)
+    await place.served(2)
+    steps = ActivationSteps(place.board)
+    async with asyncio.timeout(20):
+        told = await asyncio.to_thread(
+            steps.wait_until_served, small_store.releases[2], timeout_s=10.0
+        )
+    assert [one["state"] for one in told] == ["serving"]
 
 
 async def test_what_passed_is_held_ready_and_not_loaded_again(start, small_store):
