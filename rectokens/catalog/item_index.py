@@ -18,10 +18,12 @@ def hash_strings(values: pl.Series) -> NDArray[np.uint64]:
 
 
 class ItemIndex:
-    """Finds strings in a fixed column: 12 bytes an item beside the column itself.
+    """Finds strings in a fixed column: 8 bytes an item beside the column itself.
 
-    Hashes are kept sorted and searched by bisection; a hit counts only if the strings are equal,
-    so colliding hashes cost time and never a wrong answer.
+    An entry is one number: the upper bits of a string's hash, its row in the bits below. They are
+    kept sorted and searched by bisection; a hit counts only if the strings are equal, so hashes
+    whose upper bits collide (a few hundred pairs among 2 * 10^7 items) cost time and never a wrong
+    answer.
     """
 
     def __init__(self, item_ids: pl.Series, hash_ids: HashFunction = hash_strings) -> None:
@@ -31,17 +33,19 @@ class ItemIndex:
             item_ids: (N,) strings, N < 2**31, no nulls, one chunk.
             hash_ids: hash of a string column, uint64 of the same length.
         """
-        hashes = hash_ids(item_ids)
-        order = np.argsort(hashes, kind="stable")
+        num_rows = len(item_ids)
         self._item_ids = item_ids
         self._hash_ids = hash_ids
-        self._hashes = hashes[order]
-        self._rows = order.astype(np.int32)
+        self._row_mask = np.uint64((1 << max(num_rows - 1, 0).bit_length()) - 1)
+        # Numbers are sorted ten times as fast as hashes and the order of their rows beside them.
+        self._entries = np.sort(
+            (hash_ids(item_ids) & ~self._row_mask) | np.arange(num_rows, dtype=np.uint64)
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes the index holds beside the column."""
-        return self._hashes.nbytes + self._rows.nbytes
+        return self._entries.nbytes
 
     def find(self, queries: Sequence[str]) -> NDArray[np.int64]:
         """Row of each query, -1 where the column has none.
@@ -61,31 +65,35 @@ class ItemIndex:
         wanted, rows = _encodable(queries)
         if not rows.size:
             return found
-        hashes = self._hash_ids(wanted)
+        hashes = self._hash_ids(wanted) & ~self._row_mask
         # In order, so that each bisection goes where the last one has been: half the time.
         order = np.argsort(hashes)
         places = np.empty(rows.size, dtype=np.intp)
-        places[order] = np.searchsorted(self._hashes, hashes[order], side="left")
+        places[order] = np.searchsorted(self._entries, hashes[order], side="left")
         undecided = np.arange(rows.size)
         while undecided.size:
-            undecided = undecided[places[undecided] < self._hashes.size]
-            undecided = undecided[self._hashes[places[undecided]] == hashes[undecided]]
-            candidates = self._rows[places[undecided]]
+            undecided = undecided[places[undecided] < self._entries.size]
+            entries = self._entries[places[undecided]]
+            near = (entries & ~self._row_mask) == hashes[undecided]
+            undecided = undecided[near]
+            candidates = (entries[near] & self._row_mask).astype(np.int64)
             sought = wanted if undecided.size == rows.size else wanted[undecided]
             equal = (self._item_ids[candidates] == sought).to_numpy().astype(np.bool_)
             found[rows[undecided[equal]]] = candidates[equal]
-            # Another string with this hash: look at the next one with the same hash.
+            # Another string with these bits: look at the next one with the same.
             undecided = undecided[~equal]
             places[undecided] += 1
         return found
 
     def repeated(self) -> pl.Series:
         """Strings that the column holds more than once, each once, in the order of the column."""
-        same = self._hashes[1:] == self._hashes[:-1]
-        suspect = np.zeros(self._hashes.size, dtype=np.bool_)
+        hashes = self._entries & ~self._row_mask
+        same = hashes[1:] == hashes[:-1]
+        suspect = np.zeros(hashes.size, dtype=np.bool_)
         suspect[1:] |= same
         suspect[:-1] |= same
-        strings = self._item_ids[np.sort(self._rows[suspect])]
+        rows = np.sort((self._entries[suspect] & self._row_mask).astype(np.int64))
+        strings = self._item_ids[rows]
         return strings.filter(strings.is_duplicated()).unique(maintain_order=True)
 
 
