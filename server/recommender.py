@@ -6,7 +6,6 @@ The bridge between HTTP, which knows no tensors, and the engine, which knows no 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,22 +17,12 @@ import torch
 from torch import Tensor
 
 from rectokens.catalog.catalog import Catalog
-from rectokens.prompt_embeds import (
-    PromptEmbedsError,
-    PromptEmbedsTooLargeError,
-    load_prompt_embeds,
-)
-from rectokens.prompts.parts import (
-    BuiltPrompt,
-    ItemPart,
-    Part,
-    PromptTooLongError,
-    TextPart,
-)
+from rectokens.prompts.parts import BuiltPrompt, TextPart
 from rectokens.schemas.search import Normalization, SearchRequest, SearchResult
 from server.batching.batcher import Batcher
 from server.batching.interfaces import Answer
 from server.errors import ErrorKind, ServiceError, invalid
+from server.prompts import embeds_of, history_prompt, tokens_prompt, unknown_items
 from server.release import Release
 
 T = TypeVar("T")
@@ -46,7 +35,6 @@ _QUICK_CHARS = 2_000
 _QUICK_ROWS = 64
 # Seeds the server draws stay exact in a client's float64.
 _DRAWN_SEED_BITS = 53
-_UNKNOWN_SHOWN = 5
 _NO_TOKENS = BuiltPrompt((), items_used=0, items_truncated=0)
 
 
@@ -237,14 +225,14 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
     history = catalog.index_of([part for part in query.parts if isinstance(part, str)])
     is_known = history >= 0
     known = history[is_known]
-    unknown = _unknown_items(query, is_known, catalog)
+    unknown = unknown_items(query, is_known, catalog)
     embeds = None
     if isinstance(query.prompt, EmbedsPrompt):
-        prompt, embeds = _NO_TOKENS, _load_embeds(query.prompt, query.parts_param, release)
+        prompt, embeds = _NO_TOKENS, embeds_of(query.prompt, query.parts_param, release)
     elif query.prompt is not None:
-        prompt = _check_tokens(query.prompt, query.parts_param, release)
+        prompt = tokens_prompt(query.prompt, query.parts_param, release)
     else:
-        prompt = _build_prompt(query, is_known, catalog.codes_of(known), release)
+        prompt = history_prompt(query, is_known, catalog.codes_of(known), release)
     excluded = [known] if query.exclude_history else []
     if query.exclude_items:
         indices = catalog.index_of(query.exclude_items)
@@ -277,109 +265,6 @@ def present(result: SearchResult, query: RecommendQuery, catalog: Catalog) -> tu
         )
         for hit, item_id in zip(result.hits, item_ids, strict=True)
     )
-
-
-def _unknown_items(query: RecommendQuery, is_known: Tensor, catalog: Catalog) -> tuple[str, ...]:
-    """Items of the history that the catalog does not know, each once.
-
-    Raises:
-        ServiceError: there are some and the query wants none, or there is nothing else.
-    """
-    if bool(is_known.all()):
-        return ()
-    ids = (part for part in query.parts if isinstance(part, str))
-    unknown = dict.fromkeys(itertools.compress(ids, (~is_known).tolist()))
-    if query.refuse_unknown_items:
-        raise unknown_items_error(query.parts_param, catalog, list(unknown))
-    if len(is_known) == len(query.parts) and not bool(is_known.any()):
-        raise ServiceError(
-            ErrorKind.NO_KNOWN_ITEMS,
-            f"none of the {len(unknown)} items is in catalog {catalog.version}, "
-            f"first of them {next(iter(unknown))!r}; give at least one that is, or text",
-            param=query.parts_param,
-        )
-    return tuple(unknown)
-
-
-def unknown_items_error(param: str, catalog: Catalog, unknown: Sequence[str]) -> ServiceError:
-    """The error for items that a catalog does not have, where every one of them must be known."""
-    shown = ", ".join(map(repr, unknown[:_UNKNOWN_SHOWN]))
-    more = f" and {len(unknown) - _UNKNOWN_SHOWN} more" if len(unknown) > _UNKNOWN_SHOWN else ""
-    return invalid(param, f"items that catalog {catalog.version} does not have: {shown}{more}")
-
-
-def _build_prompt(
-    query: RecommendQuery, is_known: Tensor, codes: Tensor, release: Release
-) -> BuiltPrompt:
-    """The prompt of a history; ``codes`` (n, L) are those of its items that are known."""
-    max_tokens = release.engine.max_prompt_tokens if query.cut_long_prompt else None
-    try:
-        if len(is_known) == len(query.parts):
-            prompt = release.prompts.build_items(codes.numpy(), max_tokens=max_tokens)
-        else:
-            parts = _known_parts(query.parts, is_known, codes)
-            prompt = release.prompts.build(parts, max_tokens=max_tokens)
-    except PromptTooLongError as error:
-        raise ServiceError(
-            ErrorKind.PROMPT_TOO_LONG, str(error), param=query.parts_param
-        ) from error
-    except ValueError as error:
-        raise invalid(query.parts_param, str(error)) from error
-    _check_length(len(prompt.token_ids), query.parts_param, release)
-    return prompt
-
-
-def _known_parts(given: Sequence[str | TextPart], is_known: Tensor, codes: Tensor) -> list[Part]:
-    """Parts for the prompt builder, without the unknown items."""
-    found, rows = iter(is_known.tolist()), iter(codes.tolist())
-    parts: list[Part] = []
-    for part in given:
-        if isinstance(part, TextPart):
-            parts.append(part)
-        elif next(found):
-            parts.append(ItemPart(tuple(next(rows))))
-    return parts
-
-
-def _check_length(tokens: int, param: str, release: Release) -> None:
-    limit = release.engine.max_prompt_tokens
-    if tokens > limit:
-        raise ServiceError(
-            ErrorKind.PROMPT_TOO_LONG,
-            f"the prompt has {tokens} tokens; the model takes at most {limit}",
-            param=param,
-        )
-
-
-def _check_tokens(prompt: TokenPrompt, param: str, release: Release) -> BuiltPrompt:
-    ids = prompt.token_ids
-    _check_length(len(ids), param, release)
-    vocab_size = release.engine.vocab_size
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        bad = min(ids) if min(ids) < 0 else max(ids)
-        raise invalid(param, f"token id {bad} is not one of the model's 0 to {vocab_size - 1}")
-    start = release.spec.item_tokens.start_token_id
-    if ids[-1] != start:
-        raise invalid(
-            param,
-            f"the prompt ends with token id {ids[-1]}; an item follows only token id {start}, "
-            "the item start token",
-        )
-    return BuiltPrompt(ids, items_used=0, items_truncated=0)
-
-
-def _load_embeds(prompt: EmbedsPrompt, param: str, release: Release) -> Tensor:
-    try:
-        return load_prompt_embeds(
-            prompt.data,
-            hidden_size=release.engine.hidden_size,
-            max_tokens=min(prompt.max_tokens, release.engine.max_prompt_tokens),
-            max_bytes=prompt.max_bytes,
-        )
-    except PromptEmbedsTooLargeError as error:
-        raise ServiceError(ErrorKind.PROMPT_TOO_LONG, str(error), param=param) from error
-    except PromptEmbedsError as error:
-        raise invalid(param, str(error)) from error
 
 
 def _allowed_prefix(names: Sequence[str], catalog: Catalog) -> Tensor | None:

@@ -18,8 +18,8 @@ from rectokens.prompts.parts import ItemPart, Part, TextPart
 from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.item_tokens import ItemTokens
 from server.errors import invalid
+from server.prompts import unknown_items_error
 from server.proxy.errors import ProxyError
-from server.recommender import unknown_items_error
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Arguments of apply_chat_template that decide more than what the template shows.
