@@ -36,6 +36,12 @@ def activate(
     else:
         assert params.catalog is not None
         if params.model is None:
+            if store.active() is None:
+                raise JobFailure(
+                    JobErrorKind.CONFLICT,
+                    "no release is active, so there is no model to serve the catalog with; name "
+                    "one, too",
+                )
             release = store.bind_catalog(params.catalog)
         else:
             release = store.bind(params.model, params.catalog)

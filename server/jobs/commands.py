@@ -20,7 +20,7 @@ from rectokens.cli.progress import progress_bar, say
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner
 from server.jobs.params import checked_params
-from server.jobs.places import open_ledger
+from server.jobs.places import open_ledger, require_store
 from server.jobs.supervise import Supervisor
 from server.jobs.types import Job, JobConflictError, JobKind, JobState
 from server.jobs.worker import Sweeper
@@ -56,9 +56,11 @@ def run_command(
     Raises:
         InvalidJobError: parameters that are not allowed.
         BackendError: the database cannot be used.
-        SettingsError: no store is named.
+        SettingsError: no store is named, or one that is not there.
     """
     checked = checked_params(kind, {n: v for n, v in params.items() if v is not None})
+    if kind is not JobKind.TRAIN_TOKENIZER:
+        require_store(settings)
     ledger = open_ledger(settings)
     owner = Owner.this_process()
     got: list[int] = []
@@ -123,7 +125,11 @@ def list_jobs(settings: Settings, *, limit: int, as_json: bool) -> int:
 
     Returns:
         Exit code 0.
+
+    Raises:
+        SettingsError: no store is named, or one that is not there.
     """
+    require_store(settings)
     ledger = open_ledger(settings)
     try:
         Sweeper(settings, ledger).sweep()
@@ -154,7 +160,9 @@ def one_job(
     Raises:
         UnknownJobError: there is none of this id.
         JobConflictError: it is not in a state for this.
+        SettingsError: no store is named, or one that is not there.
     """
+    require_store(settings)
     ledger = open_ledger(settings)
     try:
         Sweeper(settings, ledger).sweep()

@@ -29,6 +29,20 @@ def open_store(settings: Settings) -> ReleaseStore:
     return open_release_store(_store_path(settings), cache=settings.store.cache)
 
 
+def require_store(settings: Settings) -> None:
+    """Refuse a folder that is not there, which a mistyped name would begin.
+
+    Raises:
+        SettingsError: no store is named, or it is such a folder.
+    """
+    path = _store_path(settings)
+    folder = path.removeprefix("file://")
+    if "://" not in folder and not Path(folder).is_dir():
+        raise SettingsError(
+            f"store.path is {path!r}; there is no such folder (train-tokenizer and serve begin one)"
+        )
+
+
 def open_ledger(settings: Settings) -> JobLedger:
     """The job ledger.
 

@@ -86,7 +86,8 @@ async def rollback(
     request: Request, body: RollbackBody | None = None, key: IdempotencyKey = None
 ) -> Response:
     """The release before the active one, model and catalog; twice goes back two."""
-    params = {} if body is None else body.model_dump(exclude_unset=True)
+    params: dict[str, Any] = {} if body is None else body.model_dump(exclude_unset=True)
+    check_gate(None if body is None else body.gate, request)
     return await submit(request, JobKind.ROLLBACK, RollbackParams(**params), key)
 
 

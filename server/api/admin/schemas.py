@@ -54,6 +54,9 @@ class RollbackBody(StrictRequest):
         default=None, description="Only if this release is active; default: whatever is."
     )
     note: Note | None = Field(default=None, description="For the history of activations.")
+    gate: GateOptions | None = Field(
+        default=None, description="How to try it first; default: as the service is set."
+    )
 
 
 class PutConstraintSetBody(StrictRequest):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,23 @@ def test_without_a_store():
     result = CliRunner().invoke(app, ["jobs"])
     assert result.exit_code == 2
     assert "--store.path" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("jobs",),
+        ("jobs", "some"),
+        ("activate", "--release", "0" * 16),
+        ("rollback",),
+        ("reindex", "--source", "x.npy"),
+    ],
+)
+def test_a_mistyped_store_is_not_begun(tmp_path: Path, command):
+    result = CliRunner().invoke(app, [*command, "--store", str(tmp_path / "stroe")])
+    assert result.exit_code == 2, result.output
+    assert "there is no such folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_cancels(workplace):

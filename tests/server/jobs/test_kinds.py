@@ -378,6 +378,9 @@ def test_no_release_is_active(workplace, tmp_path):
     with pytest.raises(JobFailure, match="no release is active") as error:
         run(environment, "update_items", deletes=["W0"])
     assert error.value.kind is JobErrorKind.CONFLICT
+    with pytest.raises(JobFailure, match="no model to serve the catalog with; name one") as error:
+        run(environment, "activate", catalog="0" * 16)
+    assert error.value.kind is JobErrorKind.CONFLICT
     with pytest.raises(ArtifactError, match="nothing to roll back"):
         run(environment, "rollback")
     np.save(workplace.lake / "e.npy", workplace.rows)

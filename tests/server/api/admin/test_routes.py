@@ -57,6 +57,13 @@ CHANGES = [
     ("POST", "/releases/rollback", {"note": "why"}, "rollback", {"note": "why"}),
     (
         "POST",
+        "/catalogs/rollback",
+        {"gate": {"skip": True}},
+        "rollback",
+        {"gate": {"skip": True}},
+    ),
+    (
+        "POST",
         "/tokenizers",
         {"source": SOURCE, "kind": "rq-kmeans", "num_levels": 3},
         "train_tokenizer",
@@ -102,6 +109,12 @@ MISTAKES = [
         "gate.requests.0.top_k",
     ),
     ("PATCH", "/items", {"deletes": ["a"], "gate": {"nonsense": 1}}, "gate.nonsense"),
+    (
+        "POST",
+        "/catalogs/rollback",
+        {"gate": {"requests": [{"history": ["a"], "top_k": 10**6}]}},
+        "gate.requests.0.top_k",
+    ),
     ("POST", "/tokenizers", {"source": SOURCE, "num_levels": 65}, "num_levels"),
     ("POST", "/tokenizers", {"source": SOURCE, "codebook_size": 10**9}, "codebook_size"),
     ("GET", "/jobs?limit=0", None, "limit"),
