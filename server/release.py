@@ -25,6 +25,7 @@ from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest
 from server.engine.types import EngineFault, SearchEngine
 from server.heap import pass_over_imports
+from server.threads import share_with_launches
 
 if TYPE_CHECKING:
     from server.engine.device.engine import DeviceEngine
@@ -218,6 +219,7 @@ def _load_model(
         pool=pool,
         device_options=DeviceOptions(buckets, capture=given.capture, fp8=given.fp8),
     )
+    share_with_launches(engine.device)
     return engine, prompts
 
 

@@ -29,7 +29,6 @@ from server.proxy.service import Proxy
 from server.release import ReleaseError, ReleaseLoader
 from server.service import Service
 from server.settings import Settings
-from server.threads import share_evenly
 
 _log = structlog.get_logger(__name__)
 
@@ -69,7 +68,6 @@ def run_service(
         SettingsError: a file of keys cannot be used.
     """
     configure_logging(settings.log_level)
-    share_evenly()
     listener = listen(settings.host, settings.port)
     app = create_app(settings, load_release, proxy, link)
     service: Service = app.state.service
