@@ -118,10 +118,10 @@ def check_semantic_ids(
             f"{where}: leaf {leaf} holds {int(sizes[leaf])} items; under the collision policy "
             "'extra_level' it must hold one"
         )
-    expected = torch.repeat_interleave(all_leaf_codes(trie), sizes, dim=0)
-    differs = (torch.from_numpy(semantic_ids.astype(np.int32)) != expected).any(dim=1)
-    if bool(differs.any()):
-        item = int(differs.nonzero()[0, 0])
+    leaf_codes = all_leaf_codes(trie).numpy().astype(np.uint16)
+    expected = np.repeat(leaf_codes, sizes.numpy(), axis=0)
+    if not np.array_equal(semantic_ids, expected):
+        item = int((semantic_ids != expected).any(axis=1).nonzero()[0][0])
         raise ArtifactError(
             f"{where}: item {item} has semantic ID {tuple(semantic_ids[item].tolist())}, but lies "
             f"in the leaf {tuple(expected[item].tolist())} of the trie"

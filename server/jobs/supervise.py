@@ -180,7 +180,7 @@ class _Run:
         return self._conclude(process.exitcode, putting_back)
 
     def _start(self) -> JobProcess:
-        params = self._ledger.params(self._job.id).model_dump_json(exclude_unset=True).encode()
+        params = self._ledger.params(self._job.id)
         begun = self._begin()
         with suppress(OSError):  # it has died already; whoever listens to it finds that out
             begun.order(self._job.kind, params, self._errors)

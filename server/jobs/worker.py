@@ -22,8 +22,9 @@ from server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
-# What is looked at is in memory where SQLite keeps the jobs; others block until there is one.
-_POLL_S = 0.05
+# Of SQLite's queues, which are in memory; those of others block until there is a job.
+_POLL_S = 0.1
+_KEEP_S = 0.25
 _SWEEP_S = 5.0
 # A worker on another host that gave no sign of life for so long is taken for dead.
 _SILENCE_S = 30.0
@@ -109,7 +110,7 @@ class Worker:
             except Exception:
                 _log.exception("no process can be kept ready")
                 self._ending.wait(_RETRY_S)
-            self._ending.wait(_POLL_S)
+            self._ending.wait(_KEEP_S)
 
     def _sweep(self) -> None:
         try:

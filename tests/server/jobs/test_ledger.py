@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from server.jobs.backend import BackendError, open_backend
 from server.jobs.lanes import Lane
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner
-from server.jobs.params import RollbackParams, UpdateItemsParams
+from server.jobs.params import RollbackParams
 from server.jobs.types import (
     InvalidJobError,
     Job,
@@ -52,7 +53,7 @@ def test_a_job_from_its_submission_to_its_end(ledger: JobLedger):
     job = ledger.submit(JobKind.UPDATE_ITEMS, {"deletes": ["a", "b"]})
     assert job.state is JobState.QUEUED
     assert ledger.get(job.id) == job
-    assert ledger.params(job.id) == UpdateItemsParams(deletes=["a", "b"])
+    assert json.loads(ledger.params(job.id)) == {"deletes": ["a", "b"]}
     running = claimed(ledger)
     assert (running.id, running.state) == (job.id, JobState.RUNNING)
     assert running.started_at is not None
