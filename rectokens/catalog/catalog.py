@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rectokens.artifacts.catalog import CollisionPolicy
 from rectokens.catalog.constraint_sets import PrefixCache, UnknownConstraintSetError
-from rectokens.catalog.item_codes import codes_of_items
+from rectokens.catalog.item_codes import ItemCodes
 from rectokens.catalog.item_index import ItemIndex
 from rectokens.schemas.catalog_trie import CatalogTrie
 
@@ -88,6 +89,10 @@ class Catalog:
         assert self.index is not None
         return self.index
 
+    @cached_property
+    def _codes_of(self) -> ItemCodes:
+        return ItemCodes(self.trie)
+
     def index_of(self, item_ids: Sequence[str]) -> Tensor:
         """Item index of each item id, -1 where the catalog does not know it.
 
@@ -120,7 +125,7 @@ class Catalog:
         Raises:
             IndexError: an index outside [0, N).
         """
-        return torch.from_numpy(codes_of_items(self.trie, self._checked(item_indices)))
+        return torch.from_numpy(self._codes_of(self._checked(item_indices)))
 
     def items_of_leaf(self, leaf: int) -> range:
         """Item indices that share a leaf (its number among the leaves), best first.

@@ -54,6 +54,6 @@ def test_other_types_are_refused():
         index.find(["1", 1])  # type: ignore[list-item]
 
 
-def test_eight_bytes_an_item():
+def test_nine_bytes_an_item():
     ids = pl.select(pl.format("B{}", pl.int_range(10_000))).to_series()
-    assert ItemIndex(ids).nbytes == 80_000
+    assert 80_000 < ItemIndex(ids).nbytes < 90_000
