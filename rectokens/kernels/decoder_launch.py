@@ -155,7 +155,7 @@ def launch_store(
 
 
 def launch_gate(x: Tensor, activation: str) -> Tensor:
-    """``activation`` of the left half of ``x`` (R, 2 I) times the right half."""
+    """``activation`` of columns 0, 2, 4, .. of ``x`` (R, 2 I) times columns 1, 3, 5, .."""
     rows, size = x.shape[0], x.shape[1] // 2
     out = x.new_empty((rows, size))
     block = min(1024, triton.next_power_of_2(size))

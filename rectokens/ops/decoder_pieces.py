@@ -165,10 +165,10 @@ def store_(
 
 
 def gate(x: Tensor, activation: str) -> Tensor:
-    """``activation(left half) * right half`` of (R, 2 I): (R, I).
+    """``activation(gates) * ups`` of (R, 2 I): (R, I).
 
     Args:
-        x: gate and up projections side by side.
+        x: gates and ups in turns: column 2 i is the gate of output i, column 2 i + 1 its up.
         activation: one of ``ACTIVATIONS``.
     """
     if x.is_cuda and triton_is_installed():
@@ -176,7 +176,24 @@ def gate(x: Tensor, activation: str) -> Tensor:
 
         if x.dtype in kernels.KERNEL_DTYPES:
             return kernels.launch_gate(x, activation)
-    left, right = x.chunk(2, -1)
+    gates, ups = x[:, 0::2], x[:, 1::2]
     if activation == "silu":
-        return F.silu(left) * right
-    return F.gelu(left, approximate="tanh" if activation == "gelu_tanh" else "none") * right
+        return F.silu(gates) * ups
+    return F.gelu(gates, approximate="tanh" if activation == "gelu_tanh" else "none") * ups
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """:func:`gate` of a linear layer's outputs: (R, I).
+
+    Args:
+        x: (R, H).
+        weight: (2 I, H), rows of gates and ups in turns.
+        bias: (2 I,) likewise, or None.
+        activation: one of ``ACTIVATIONS``.
+    """
+    if x.is_cuda and bias is None and triton_is_installed():
+        from rectokens.kernels import gated_linear_launch as kernels
+
+        if kernels.takes(x, weight) and kernels.pays_on(x.shape[0], weight.shape[0], x.device):
+            return kernels.launch_gated_linear(x, weight, activation)
+    return gate(F.linear(x, weight, bias), activation)

@@ -6,8 +6,9 @@ import logging
 import threading
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -161,9 +162,14 @@ class DeviceEngine(EngineBase):
             for request, own in zip(requests, tokens, strict=True)
         )
         rows = tuple(row for row, fault in enumerate(faults) if fault is None)
-        with self._copying():
-            num_items = self._num_items(trie)
-            sound = tuple(self._with_filters_here(requests[row], num_items) for row in rows)
+        sound = tuple(requests[row] for row in rows)
+        known = self._known_size(trie)
+        if known is None or any(map(_is_filtered, sound)):
+            with self._copying():
+                num_items = self._num_items(trie)
+                sound = tuple(self._with_filters_here(request, num_items) for request in sound)
+        else:
+            num_items = known
         return DeviceBatch(
             requests=sound,
             rows=rows,
@@ -285,11 +291,16 @@ class DeviceEngine(EngineBase):
             waiting.append((group.members, host, search.table.shapes))
         return waiting
 
+    def _known_size(self, trie: CatalogTrie) -> int | None:
+        """N, where it was read before."""
+        known = self._sizes.get(id(trie.row_ptrs))
+        return known[1] if known is not None and known[0]() is trie.row_ptrs else None
+
     def _num_items(self, trie: CatalogTrie) -> int:
         """N, read from the device once a trie."""
-        known = self._sizes.get(id(trie.row_ptrs))
-        if known is not None and known[0]() is trie.row_ptrs:
-            return known[1]
+        known = self._known_size(trie)
+        if known is not None:
+            return known
         self._sizes = {key: size for key, size in self._sizes.items() if size[0]() is not None}
         num_items = trie.num_items
         self._sizes[id(trie.row_ptrs)] = (weakref.ref(trie.row_ptrs), num_items)
@@ -318,6 +329,11 @@ class DeviceEngine(EngineBase):
                 marks[1:] *= prefix.diff()
             prefix = marks.cumsum(0, dtype=torch.int32)
         return replace(request, allowed_prefix=prefix, allowed_items=None)
+
+
+def _is_filtered(request: SearchRequest) -> bool:
+    """Whether something of a request must be copied to the device before its turn."""
+    return request.allowed_prefix is not None or request.allowed_items is not None
 
 
 def _width_fault(beam_width: int) -> EngineFault | None:
@@ -362,25 +378,28 @@ def _collect(
     return answers
 
 
+# What ``SearchHit._make`` does, without a call of Python a hit.
+_hit = partial(tuple.__new__, SearchHit)
+
+
+def _rows_of(table: Tensor, slots: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
+    """Rows ``slots`` of a table (W, L) on the host, as tuples."""
+    return zip(*table.numpy()[slots].T.tolist(), strict=True)
+
+
 def _answer(request: SearchRequest, found: SearchAnswers, row: int, num_items: int) -> Answer:
     if int(found.poisoned[row]):
         return EngineFault("the model returned NaN or infinite logits")
     count = min(int(found.item_count[row]), request.top_k)
-    items = found.items[row, :count].tolist()
-    slots = found.leaves[row, :count].tolist()
-    used = max(slots, default=-1) + 1
-    scores = found.scores[row, :used].tolist()
-    codes = list(map(tuple, found.codes[row, :used].tolist()))
-    parts = list(map(tuple, found.code_scores[row, :used].tolist()))
-    hits = tuple(
-        map(
-            SearchHit,
-            items,
-            [codes[slot] for slot in slots],
-            [scores[slot] for slot in slots],
-            [parts[slot] for slot in slots],
-        )
+    slots = found.leaves[row, :count].numpy()
+    figures = zip(
+        found.items[row, :count].tolist(),
+        _rows_of(found.codes[row], slots),
+        found.scores[row].numpy()[slots].tolist(),
+        _rows_of(found.code_scores[row], slots),
+        strict=True,
     )
+    hits = tuple(map(_hit, figures))
     if count == request.top_k:
         return SearchResult(hits)
     reason = "catalog_exhausted" if num_items < request.top_k else "filters"

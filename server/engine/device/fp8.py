@@ -6,7 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from rectokens.ops.fp8 import check_fp8_weight, fp8_rows
-from server.engine.device.fused_decoder import Fp8Projection, FusedDecoder, Projection
+from server.engine.device.fused_decoder import (
+    FeedForward,
+    Fp8FeedForward,
+    Fp8Projection,
+    FusedDecoder,
+    Projection,
+)
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -25,8 +31,7 @@ def in_fp8(decoder: FusedDecoder) -> FusedDecoder:
         replace(
             layer,
             qkv=_in_fp8(layer.qkv),
-            gate_up=_in_fp8(layer.gate_up),
-            down=_in_fp8(layer.down),
+            feed=_feed_in_fp8(layer.feed),
         )
         for layer in decoder.layers
     )
@@ -43,6 +48,12 @@ def let_go_of_rounded(model: Any) -> None:
             for name in names:
                 weight = getattr(part, name).weight
                 weight.data = weight.data.new_empty(0)
+
+
+def _feed_in_fp8(feed: FeedForward | Fp8FeedForward) -> Fp8FeedForward:
+    if isinstance(feed, Fp8FeedForward):
+        return feed
+    return Fp8FeedForward(_in_fp8(feed.gate_up), _in_fp8(feed.down), feed.activation)
 
 
 def _in_fp8(projection: Projection | Fp8Projection) -> Fp8Projection:

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rectokens.ops.context_attention import ScoreRule
-from rectokens.ops.decoder_pieces import Norm, RotaryTable, add_norm_, gate, rotate_store_
+from rectokens.ops.decoder_pieces import (
+    Norm,
+    RotaryTable,
+    add_norm_,
+    gated_linear,
+    rotate_store_,
+)
 from rectokens.ops.fp8 import Fp8Rows, add_norm_fp8_, fp8_linear, gate_fp8
 from server.engine.device.passes import ForwardPass, PromptPass
 
@@ -34,10 +40,6 @@ class Projection:
         """The projection of ``add_norm_(x, residual, norm)``."""
         return self(add_norm_(x, residual, norm))
 
-    def after_gate(self, x: Tensor, activation: str) -> Tensor:
-        """The projection of ``gate(x, activation)``."""
-        return self(gate(x, activation))
-
 
 @dataclass(frozen=True, slots=True)
 class Fp8Projection:
@@ -55,9 +57,40 @@ class Fp8Projection:
         """See :class:`Projection`."""
         return fp8_linear(add_norm_fp8_(x, residual, norm), self.weight, self.bias)
 
-    def after_gate(self, x: Tensor, activation: str) -> Tensor:
-        """See :class:`Projection`."""
-        return fp8_linear(gate_fp8(x, activation), self.weight, self.bias)
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """The gated feed-forward block.
+
+    Attributes:
+        gate_up: (2 I, H), rows of the gate and the up projection in turns.
+        down: (H, I).
+        activation: of the gate.
+    """
+
+    gate_up: Projection
+    down: Projection
+    activation: str
+
+    def after_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+        """The block's output (R, H) for ``add_norm_(x, residual, norm)``."""
+        gate_up = self.gate_up
+        normed = add_norm_(x, residual, norm)
+        return self.down(gated_linear(normed, gate_up.weight, gate_up.bias, self.activation))
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8FeedForward:
+    """The gated feed-forward block in FP8; attributes as of :class:`FeedForward`."""
+
+    gate_up: Fp8Projection
+    down: Fp8Projection
+    activation: str
+
+    def after_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+        """See :class:`FeedForward`."""
+        wide = self.gate_up.after_norm(x, residual, norm)
+        return fp8_linear(gate_fp8(wide, self.activation), self.down.weight, self.down.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +108,7 @@ class LayerPlan:
         attention_out: projection after attention.
         attention_out_norm: norm of what it gives, or None.
         feed_in: norm before the feed-forward block.
-        gate_up: both projections, side by side.
-        activation: of the gate.
-        down: the third projection.
+        feed: the feed-forward block.
         feed_out_norm: norm of what it gives, or None.
     """
 
@@ -91,9 +122,7 @@ class LayerPlan:
     attention_out: Projection
     attention_out_norm: Norm | None
     feed_in: Norm
-    gate_up: Projection | Fp8Projection
-    activation: str
-    down: Projection | Fp8Projection
+    feed: FeedForward | Fp8FeedForward
     feed_out_norm: Norm | None
 
 
@@ -149,8 +178,7 @@ class FusedDecoder:
             added = layer.attention_out(mixed.flatten(1))
             if layer.attention_out_norm is not None:
                 added = add_norm_(added, None, layer.attention_out_norm)
-            wide = layer.gate_up.after_norm(added, residual, layer.feed_in)
-            added = layer.down.after_gate(wide, layer.activation)
+            added = layer.feed.after_norm(added, residual, layer.feed_in)
             if layer.feed_out_norm is not None:
                 added = add_norm_(added, None, layer.feed_out_norm)
         return add_norm_(added, residual, self.final_norm)

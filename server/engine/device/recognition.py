@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rectokens.ops.context_attention import ScoreRule
 from rectokens.ops.decoder_pieces import Norm, RotaryTable
 from server.engine.context_attention import UnsupportedAttentionError
-from server.engine.device.fused_decoder import FusedDecoder, LayerPlan, Projection
+from server.engine.device.fused_decoder import FeedForward, FusedDecoder, LayerPlan, Projection
 from server.engine.device.module_decoder import score_rule
 from server.engine.device.observation import PROBE_TOKENS, Observed
 
@@ -44,8 +44,8 @@ class NotRecognisedError(Exception):
 def recognise(model: Any, seen: Observed, max_positions: int) -> FusedDecoder:
     """The fused form of a model's decoder.
 
-    Projections that are computed together are laid side by side in memory, and the model's own
-    parameters become views of that: the model goes on working and nothing is held twice.
+    Projections that are computed together are laid side by side or in turns in memory, and the
+    model's own parameters become views of that: it goes on working and nothing is held twice.
 
     Args:
         model: a causal LM of transformers, in eval mode, on its device.
@@ -123,9 +123,11 @@ def _layer_plan(layer: Any, seen: Observed, rotary: RotaryTable) -> LayerPlan:
             if sandwich
             else _part(layer, "post_attention_layernorm")
         ),
-        gate_up=_side_by_side([_linear(feed, "gate_proj"), _linear(feed, "up_proj")]),
-        activation=_activation(feed),
-        down=_projection(_linear(feed, "down_proj")),
+        feed=FeedForward(
+            gate_up=_in_turns(_linear(feed, "gate_proj"), _linear(feed, "up_proj")),
+            down=_projection(_linear(feed, "down_proj")),
+            activation=_activation(feed),
+        ),
         feed_out_norm=_norm(_part(layer, "post_feedforward_layernorm")) if sandwich else None,
     )
 
@@ -162,6 +164,24 @@ def _side_by_side(layers: list[nn.Linear]) -> Projection:
         layer.weight.data = weight[rows]
         if bias is not None:
             layer.bias.data = bias[rows]
+    return Projection(weight, bias)
+
+
+def _in_turns(first: nn.Linear, second: nn.Linear) -> Projection:
+    """One projection, a row of each in turns; the layers' own parameters become views of it."""
+    if (first.bias is None) != (second.bias is None):
+        raise NotRecognisedError("some projections have a bias and some have none")
+    if first.weight.shape != second.weight.shape:
+        shapes = tuple(first.weight.shape), tuple(second.weight.shape)
+        raise NotRecognisedError(f"gate and up projections are {shapes[0]} and {shapes[1]}")
+    weight = torch.stack([first.weight.detach(), second.weight.detach()], 1).flatten(0, 1)
+    bias = None
+    if first.bias is not None:
+        bias = torch.stack([first.bias.detach(), second.bias.detach()], 1).flatten()
+    for number, layer in enumerate((first, second)):
+        layer.weight.data = weight[number::2]
+        if bias is not None:
+            layer.bias.data = bias[number::2]
     return Projection(weight, bias)
 
 

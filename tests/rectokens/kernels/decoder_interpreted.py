@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import decoder_launch as launch
+from rectokens.kernels.gated_linear_launch import LinearTile, launch_gated_linear
 from rectokens.kernels.head_norm_launch import launch_linear_logsumexp
 from rectokens.ops import decoder_pieces as pieces
 from rectokens.ops import fp8
@@ -112,6 +113,22 @@ def gates(results):
             results[f"gate/{activation}/{dtype}"] = close(found, pieces.gate(x, activation))
 
 
+def gated_products(results):
+    # Tiles that do not divide rows, outputs or hidden elements; programs that take several.
+    for rows, hidden, outputs in ((37, 40, 48), (150, 16, 96), (3, 72, 16)):
+        for activation in pieces.ACTIVATIONS:
+            for dtype in DTYPES:
+                g = torch.Generator().manual_seed(rows)
+                x = torch.randn(rows, hidden, generator=g).to(dtype)
+                weight = torch.randn(outputs, hidden, generator=g).to(dtype)
+                found = launch_gated_linear(x, weight, activation, LinearTile(16, 32, 16, 4, 2))
+                wanted = pieces.gated_linear(x, weight, None, activation)
+                tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+                results[f"product/{rows}/{activation}/{dtype}"] = bool(
+                    torch.allclose(found.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+                )
+
+
 def same_fp8(found, wanted):
     """Equal scales, and values at most one step of FP8 apart where float32 rounds otherwise.
 
@@ -170,6 +187,7 @@ norms(results)
 rotations(results)
 stores(results)
 gates(results)
+gated_products(results)
 in_fp8(results)
 norms_of_heads(results)
 json.dump(results, sys.stdout)

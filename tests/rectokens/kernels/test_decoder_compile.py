@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rectokens.kernels import decoder_triton as decoder
+from rectokens.kernels import gated_linear_launch, gated_linear_triton
 from rectokens.kernels import head_norm_triton as head
 from rectokens.kernels.head_norm_launch import tile_for
 
@@ -23,12 +24,14 @@ SHARED_MEMORY_LIMIT = 227 * 1024
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def code_of(kernel, tmp_path, dtype, constants, **options):
+def code_of(kernel, tmp_path, dtype, constants, blocks=None, **options):
     """Machine code, after the checks that all kernels must pass."""
 
     def kind(name):
         if name in constants:
             return "constexpr"
+        if name.endswith("_desc"):
+            return f"tensordesc<{TYPES[dtype]}{blocks[name]}>"
         if not name.endswith("_ptr"):
             return "fp32" if name in ("eps", "factor", "softcap") else "i32"
         if name in ("slot_ptr", "position_ptr", "kind_ptr"):
@@ -95,6 +98,30 @@ def test_store_and_gate(tmp_path):
         code = code_of(decoder.gate_fp8_kernel, tmp_path, torch.bfloat16, constants,
                        num_warps=min(16, block // 1024))  # fmt: skip
         assert "LDG.E.128" in code
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_product(tmp_path, activation):
+    tile = gated_linear_launch.TILE
+    constants = {"ACTIVATION": activation, "GROUP": 8, "BLOCK_M": tile.rows,
+                 "BLOCK_N": tile.outputs, "BLOCK_K": tile.hidden}  # fmt: skip
+    blocks = {
+        "x_desc": [tile.rows, tile.hidden],
+        "weight_desc": [tile.outputs, tile.hidden],
+        "out_desc": [tile.rows, tile.outputs // 2],
+    }
+    code = code_of(gated_linear_triton.gated_linear_kernel, tmp_path, torch.bfloat16, constants,
+                   blocks, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+    assert "HGMMA" in code
+    assert "UTMALDG" in code
+    assert "UTMASTG" in code
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(256, False), (1024, True), (1152, False), (5000, True), (16384, True)]
+)
+def test_where_the_gated_product_pays(rows, expected):
+    assert gated_linear_launch.pays(rows, 12_288, 132) is expected
 
 
 @pytest.mark.parametrize(

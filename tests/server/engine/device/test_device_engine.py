@@ -62,6 +62,32 @@ def test_common_layers_are_fused_and_others_run_by_their_modules(
     assert set(decoders.values()) == {FusedDecoder}
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_weights_that_run_together_are_held_once_and_the_model_goes_on(
+    kind: str, tiny_lm: Callable[..., Any]
+) -> None:
+    model = tiny_lm(kind, VOCAB, seed=3)
+    ids = torch.tensor([[1, 5, 2, 7]])
+    with torch.no_grad():
+        before = model(ids).logits
+    engine = build_engine(model, TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    decoder = engine._model.decoder
+    assert isinstance(decoder, FusedDecoder)
+    for layer, plan in zip(model.get_decoder().layers, decoder.layers, strict=True):
+        feed, attention = layer.mlp, layer.self_attn
+        for held, parts in (
+            (plan.feed.gate_up.weight, (feed.gate_proj, feed.up_proj)),
+            (plan.qkv.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        ):
+            places = {part.weight.untyped_storage().data_ptr() for part in parts}
+            assert places == {held.untyped_storage().data_ptr()}
+            assert held.numel() == sum(part.weight.numel() for part in parts)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, before, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
