@@ -68,10 +68,14 @@ class ProxyFollower:
             OSError: the store cannot be read.
         """
         active = self._store.active()
-        if active is None or active.sequence == self._sequence:
+        if active is None:
+            return False
+        proxy.metrics.store_read(active, self._sequence)
+        if active.sequence == self._sequence:
             return False
         proxy.replace(load_parts(self._settings.proxy, *self._folders(active)))
         self._sequence = active.sequence
+        proxy.metrics.store_read(active, self._sequence)
         _log.info("following", release=active.release)
         return True
 
@@ -97,6 +101,7 @@ class ProxyFollower:
                 self.look(proxy)
                 wait_s = self._settings.store.poll_s
             except Exception as error:
+                proxy.metrics.follow_failed()
                 # Drivers of object stores each have errors of their own.
                 _log.error("not following; keeping what is served", reason=str(error))
                 wait_s = max(_TRY_AGAIN_S, self._settings.store.poll_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from rectokens.artifacts.activation import Activation
 from server.metrics import SECONDS, HttpMetrics
 
 # A prompt is encoded in microseconds to tens of milliseconds.
@@ -51,6 +52,21 @@ class ProxyMetrics(HttpMetrics):
         self.in_flight = Gauge(
             "rectokens_proxy_in_flight", "Requests being answered.", registry=registry
         )
+        self._store_sequence = Gauge(
+            "rectokens_proxy_store_activations",
+            "Number of the followed store's last activation, 0 without a store.",
+            registry=registry,
+        )
+        self._behind = Gauge(
+            "rectokens_proxy_release_behind",
+            "1 while what is active in the followed store is not what prompts are encoded with.",
+            registry=registry,
+        )
+        self._follow_failures = Counter(
+            "rectokens_proxy_follow_failures",
+            "Attempts to take what is active that failed, or to read the store; the log says why.",
+            registry=registry,
+        )
 
     def encoded(self, tokens: int, plain_bytes: int, sent_bytes: int, seconds: float) -> None:
         """A prompt was encoded."""
@@ -63,3 +79,12 @@ class ProxyMetrics(HttpMetrics):
     def upstream_answered(self, seconds: float) -> None:
         """The upstream's answer, or the head of its stream, is there."""
         self._upstream_seconds.observe(seconds)
+
+    def store_read(self, active: Activation, taken: int) -> None:
+        """The store's pointer was read, while the activation of this number was followed."""
+        self._store_sequence.set(active.sequence)
+        self._behind.set(active.sequence != taken)
+
+    def follow_failed(self) -> None:
+        """What is active could not be taken, or the store not be read."""
+        self._follow_failures.inc()

@@ -97,6 +97,33 @@ async def test_what_is_damaged_is_left_alone_and_tried_again(releases, settings)
     assert takes(proxy, "new")
 
 
+def metric(proxy, name):
+    """Value of one of the metrics of following."""
+    return proxy.metrics.registry.get_sample_value(f"rectokens_proxy_{name}")
+
+
+async def test_metrics_tell_when_the_proxy_is_behind(releases, settings):
+    follower = ProxyFollower(settings, releases)
+    proxy = load_proxy(settings, *follower.first())
+    follower.look(proxy)
+    assert metric(proxy, "release_behind") == 0
+    first = metric(proxy, "store_activations")
+    (file,) = activate_items(releases, "new").glob("*.parquet")
+    content = file.read_bytes()
+    file.write_bytes(b"x")
+    with pytest.raises((ProxyError, ValueError)):
+        follower.look(proxy)
+    assert metric(proxy, "release_behind") == 1
+    assert metric(proxy, "store_activations") == first + 1
+    with follower.following(proxy):
+        async with asyncio.timeout(30):
+            while not metric(proxy, "follow_failures_total"):
+                await asyncio.sleep(0.02)
+    file.write_bytes(content)
+    follower.look(proxy)
+    assert metric(proxy, "release_behind") == 0
+
+
 async def test_it_looks_by_itself_until_it_is_told_to_stop(releases, settings):
     follower = ProxyFollower(settings, releases)
     proxy = load_proxy(settings, *follower.first())
