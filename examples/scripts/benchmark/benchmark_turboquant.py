@@ -10,9 +10,10 @@ read once, packed bytes and norms written once (or the reverse). ``share`` is by
 the measured copy rate, which counts bytes read and written.
 
 Arms: ``kernel``, what the library uses; ``dense``, the rotation alone as one matrix product in the
-rows' type, without norm, assignment or packing; ``hadamard``, the two-step form (library transform,
-then the rest in PyTorch), if ``fast_hadamard_transform`` is installed. ``--sweep`` times the kernel
-under other launch settings as well.
+rows' type, without norm, assignment or packing; ``two-step``, norms, two Hadamard transforms,
+assignment and packing in PyTorch, one after the other. Its transform is that of
+``fast_hadamard_transform`` where that is installed, else two products with small fp16 matrices.
+``--sweep`` times the kernels under other launch settings as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -31,20 +31,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rectokens._turboquant.backends import Backend, make_backend
-from rectokens._turboquant.codec import Rotation, block_rotation, codec_for, hadamard_rotation
-from rectokens._turboquant.packing import pack, unpack
-from rectokens.turboquant import DEFAULT_CODEC, packed_dim, quantizer_for
+from examples.scripts.benchmark.turboquant_arms import (
+    buffer_sets,
+    dense_arm,
+    kernel_arms,
+    rotation_of,
+    tile_arms,
+    two_step_arm,
+    warp_arms,
+)
+from rectokens._turboquant.backends import make_backend
+from rectokens._turboquant.codec import codec_for
+from rectokens._turboquant.packing import unpack
+from rectokens.turboquant import packed_dim, quantizer_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (1024, 2048, 2560, 4096, 5120, 8192, 16384)
 ROWS = (1, 8, 64, 256, 1024, 4096, 8192, 16384, 65536)
 MAX_DIFFERING = {1: 0.001, 2: 0.001, 4: 0.003, 8: 0.03}
 _CHECKED_ELEMENTS = 1 << 18
-_COLD_BYTES = 256 << 20
-_MAX_BUFFER_SETS = 16
 _LAUNCHES = 16
 
 
@@ -63,13 +69,6 @@ class Record:
     gb_per_s: float
     share_of_copy: float
     differing: float
-
-
-def rotation_of(dim: int) -> Rotation:
-    """The rotation the library would use for `dim`."""
-    if codec_for(dim) == DEFAULT_CODEC:
-        return hadamard_rotation(dim, 42)
-    return block_rotation(dim, 42)
 
 
 def timed(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> float:
@@ -134,117 +133,6 @@ def check(dim: int, bits: int, dtype: torch.dtype, device: torch.device) -> floa
     return differing
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """One set of inputs and outputs for both directions."""
-
-    x: Tensor
-    packed: Tensor
-    norms: Tensor
-    x_hat: Tensor
-
-
-def buffer_sets(
-    dim: int, bits: int, dtype: torch.dtype, rows: int, device: torch.device
-) -> list[Buffers]:
-    """As many sets as it takes to outgrow the caches, with random contents."""
-    width = packed_dim(dim, bits)
-    set_bytes = rows * (dim * (dtype.itemsize + 4) + width + 4)
-    count = min(_MAX_BUFFER_SETS, max(2, math.ceil(_COLD_BYTES / set_bytes)))
-    return [
-        Buffers(
-            torch.randn(rows, dim, device=device).to(dtype),
-            torch.randint(256, (rows, width), dtype=torch.uint8, device=device),
-            torch.rand(rows, device=device) + 0.5,
-            torch.empty(rows, dim, device=device),
-        )
-        for _ in range(count)
-    ]
-
-
-def dense_arm(dim: int, dtype: torch.dtype, sets: list[Buffers]) -> list[Callable[[], Any]]:
-    """The rotation as one product with a dense matrix of the rows' type."""
-    matrix = torch.randn(dim, dim, device=sets[0].x.device).to(dtype)
-    outputs = [torch.empty_like(buffers.x) for buffers in sets[:2]]
-    return [
-        lambda b=buffers, out=out: torch.mm(b.x, matrix, out=out)
-        for buffers, out in zip(sets, itertools.cycle(outputs), strict=False)
-    ]
-
-
-def hadamard_arm(dim: int, bits: int, sets: list[Buffers]) -> list[Callable[[], Any]] | None:
-    """Norms, two library transforms, assignment and packing, one after the other."""
-    try:
-        from fast_hadamard_transform import hadamard_transform
-    except ImportError:
-        return None
-    if codec_for(dim) != DEFAULT_CODEC:
-        return None
-    from rectokens._turboquant.assign import float32_boundaries
-
-    device = sets[0].x.device
-    half = 1 << (bits - 1)
-    boundaries = torch.from_numpy(float32_boundaries(dim, bits)).to(device)
-    sign = torch.randint(2, (2, dim), device=device).float() * 2 - 1
-
-    def encode(b: Buffers) -> None:
-        x = b.x.float()
-        norms = torch.linalg.vector_norm(x, dim=1)
-        y = hadamard_transform(x * (sign[0] / norms[:, None]), dim**-0.5)
-        y = hadamard_transform(y * sign[1], 1.0)
-        count = torch.bucketize(y.abs(), boundaries, out_int32=True).to(torch.uint8)
-        index = torch.where(y > 0, half + count, half - 1 - count)
-        b.packed.copy_(pack(index, bits))
-        b.norms.copy_(norms)
-
-    return [lambda b=buffers: encode(b) for buffers in sets]
-
-
-def kernel_arm(backend: Backend, sets: list[Buffers]) -> dict[str, list[Callable[[], Any]]]:
-    """The library's own path, below its argument checks."""
-    return {
-        "encode": [lambda b=b: backend.encode(b.x, b.packed, b.norms) for b in sets],
-        "decode": [lambda b=b: backend.decode(b.packed, b.norms, b.x_hat) for b in sets],
-    }
-
-
-def sweep_arms(
-    dim: int, bits: int, sets: list[Buffers]
-) -> Iterator[tuple[str, str, list[Callable[[], Any]]]]:
-    """The kernels under other launch settings: direction, a name, calls."""
-    from rectokens.kernels import turboquant_launch as launch
-
-    rotation = rotation_of(dim)
-    tables = launch.kernel_tables(rotation, bits, sets[0].x.device)
-    for warps, programs, stages in itertools.product((4, 8, 16), (0, 1, 2, 3, 4), (1, 2, 3)):
-        if programs == 0 and stages > 1:
-            continue
-        chosen = launch.LaunchSettings(warps, programs, stages)
-        name = f"kernel warps={warps} programs={programs} stages={stages}"
-        if bits != 8 or stages == 1:  # Looking ahead past the table look-up spills.
-            yield (
-                "encode",
-                name,
-                [
-                    lambda b=b, s=chosen: launch.launch_encode(
-                        b.x, b.packed, b.norms, bits, rotation, tables, s
-                    )
-                    for b in sets
-                ],
-            )
-        if stages == 1:
-            yield (
-                "decode",
-                name,
-                [
-                    lambda b=b, s=chosen: launch.launch_decode(
-                        b.packed, b.norms, b.x_hat, bits, rotation, tables, s
-                    )
-                    for b in sets
-                ],
-            )
-
-
 def ideal_bytes(direction: str, dim: int, bits: int, itemsize: int, rows: int) -> int:
     """Bytes an ideal kernel moves; decoded rows are float32."""
     row = dim * (itemsize if direction == "encode" else 4)
@@ -258,19 +146,19 @@ def measure(
     """Every arm at one size."""
     sets = buffer_sets(dim, bits, DTYPES[dtype], rows, device)
     backend = make_backend(dim, bits, rotation_of(dim), device)
-    arms = [("kernel", way, calls) for way, calls in kernel_arm(backend, sets).items()]
+    arms = list(kernel_arms(backend, sets))
     if options.dense:
         arms.append(("dense", "encode", dense_arm(dim, DTYPES[dtype], sets)))
-    two_step = hadamard_arm(dim, bits, sets) if device.type == "cuda" else None
-    if two_step:
-        arms.append(("hadamard", "encode", two_step))
+    several = two_step_arm(dim, bits, sets) if options.two_step else None
+    if several:
+        arms.append(("two-step", "encode", several))
     if options.sweep:
-        arms += [(name, way, calls) for way, name, calls in sweep_arms(dim, bits, sets)]
+        arms += [*warp_arms(dim, bits, sets), *tile_arms(dim, bits, sets)]
     for arm, direction, calls in arms:
         try:
             seconds = timed(calls, device, options.repeats)
         except Exception as error:
-            if not options.sweep or not arm.startswith("kernel "):
+            if not options.sweep or not arm.startswith(("warp ", "tile ")):
                 raise
             print(f"{arm}: {type(error).__name__}", file=sys.stderr)
             continue
@@ -314,6 +202,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="timed runs a median is of")
     parser.add_argument("--max-gib", type=float, default=24.0, help="skip sizes that need more")
     parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--two-step", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--sweep", action="store_true", help="also time other launch settings")
     parser.add_argument("--csv", type=Path, help="write every record here")
     return parser.parse_args(arguments)

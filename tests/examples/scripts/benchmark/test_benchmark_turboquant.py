@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from examples.scripts.benchmark import benchmark_turboquant as benchmark
+from examples.scripts.benchmark import turboquant_arms as arms
 
 
 def test_every_arm_is_timed_and_written(tmp_path):
@@ -30,6 +31,18 @@ def test_bytes_of_the_contract():
     # d = 4,096, bf16 in, 4 bits out: 10,244 bytes a row.
     assert benchmark.ideal_bytes("encode", 4096, 4, 2, 1) == 10_244
     assert benchmark.ideal_bytes("decode", 4096, 4, 2, 2) == 2 * 18_436
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(64, 4), (512, 2), (1024, 8)])
+def test_the_two_step_form_gives_the_same_codes(dim, bits):
+    x = torch.randn(40, dim, generator=torch.Generator().manual_seed(dim))
+    cpu = torch.device("cpu")
+    transform = arms.product_transform(dim, torch.float32, cpu)
+    packed, norms = arms.two_step(dim, bits, transform, torch.float32, cpu)(x)
+    expected = benchmark.quantizer_for(dim, bits).encode(x)
+    differing = benchmark.unpack(packed, bits, dim) != benchmark.unpack(expected[0], bits, dim)
+    assert differing.double().mean() < 0.002
+    torch.testing.assert_close(norms, expected[1])
 
 
 def test_a_wrong_result_ends_the_run(monkeypatch):
