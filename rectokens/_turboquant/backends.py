@@ -51,9 +51,9 @@ class TritonBackend:
         self._bits = bits
         self._rotation = rotation
         self._tables = turboquant_launch.kernel_tables(rotation, bits, device)
-        self._lane_signs: Tensor | None = None
+        self._warp_tables = None
         if turboquant_warp_launch.supports(rotation, bits, device):
-            self._lane_signs = turboquant_warp_launch.lane_signs(rotation).to(device)
+            self._warp_tables = turboquant_warp_launch.warp_tables(rotation, bits, device)
 
     def encode(self, x: Tensor, packed: Tensor, norms: Tensor) -> None:
         """See `Backend`."""
@@ -61,9 +61,10 @@ class TritonBackend:
             x = x.float()
         if x.stride(1) != 1:
             x = x.contiguous()
-        if self._lane_signs is not None and self._warp_launch.takes(x):
+        words = packed.data_ptr() % 8 == 0
+        if self._warp_tables is not None and words and self._warp_launch.takes(x):
             self._warp_launch.launch_encode(
-                x, packed, norms, self._bits, self._rotation, self._lane_signs
+                x, packed, norms, self._bits, self._rotation, self._warp_tables
             )
             return
         self._launch.launch_encode(x, packed, norms, self._bits, self._rotation, self._tables)
@@ -71,10 +72,11 @@ class TritonBackend:
     def decode(self, packed: Tensor, norms: Tensor, x_hat: Tensor) -> None:
         """See `Backend`."""
         packed, norms = packed.contiguous(), norms.contiguous()
-        # Codes are read a word at a time.
-        if self._lane_signs is not None and packed.data_ptr() % 4 == 0:
+        # Codes are read up to a word at a time, numbers written 16 bytes at a time.
+        aligned = packed.data_ptr() % 4 == 0 and x_hat.data_ptr() % 16 == 0
+        if self._warp_tables is not None and aligned:
             self._warp_launch.launch_decode(
-                packed, norms, x_hat, self._bits, self._rotation, self._lane_signs
+                packed, norms, x_hat, self._bits, self._rotation, self._warp_tables
             )
             return
         self._launch.launch_decode(packed, norms, x_hat, self._bits, self._rotation, self._tables)

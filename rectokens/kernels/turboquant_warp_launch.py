@@ -1,12 +1,13 @@
 """Launches of the TurboQuant kernels that keep a row in one warp.
 
-Nothing here is public. They take powers of two from 512 to 4,096 at up to 4 bits; the kernels of
-`turboquant_launch` take everything else, and these too where Triton has no Gluon.
+Nothing here is public. They take sizes of up to 16,384 with blocks of at least 256; the
+kernels of `turboquant_launch` take everything else, and these too where Triton has no Gluon.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
@@ -14,21 +15,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rectokens._turboquant.codec import Rotation
+from rectokens._turboquant.assign import float32_centroids
+from rectokens._turboquant.codec import Rotation, packed_dim
 from rectokens._turboquant.signs import signs
-from rectokens.kernels.hadamard_ptx import (
-    MAX_SLICES,
-    PAIRS,
-    SIGN_WORDS,
-    SLICE,
-    decode_ptx,
-    encode_ptx,
-)
 from rectokens.kernels.launch_device import on_device
+from rectokens.kernels.turboquant_assign_ptx import scale_of_pairs
+from rectokens.kernels.turboquant_decode_ptx import decode_ptx
+from rectokens.kernels.turboquant_encode_ptx import encode_ptx
+from rectokens.kernels.warp_rows import (
+    DECODE_LAYOUT,
+    ENCODE_LAYOUT,
+    PAIRS,
+    SLICE,
+    Fused,
+    Layout,
+    RowShape,
+    fits,
+)
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_WORDS = {"bf16": torch.int32, "fp16": torch.int32, "fp32": torch.int64}
-_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_BITS = (1, 2, 4, 8)
+# Slices that a warp holds at best: fewer registers, so that more rows are in flight.
+_SLICES = 8
+
+
+@dataclass(frozen=True)
+class WarpSettings:
+    """How a kernel is launched, and what its text is made of.
+
+    `rows`: of a block of the launch. `team`: warps that hold a row together; with more than one,
+    `rows` is 1. `fused`, `wide`: see `encode_ptx`; decoding has no `wide`.
+    """
+
+    rows: int
+    team: int
+    fused: Fused
+    wide: bool = False
+
+
+def team_of(rotation: Rotation) -> int:
+    """Warps that hold a row: as many as leave each `_SLICES` slices, if so many can; 0 if none."""
+    teams = [team for team in (1, 2, 4) if fits(rotation.dim, rotation.block, team)]
+    enough = (team for team in teams if rotation.dim <= team * _SLICES * SLICE)
+    return next(enough, teams[-1] if teams else 0)
+
+
+def encode_settings(rotation: Rotation, bits: int) -> WarpSettings:
+    """The fastest measured settings; at 8 bits, with as few roundings as the indices need."""
+    team = team_of(rotation)
+    if bits < 8:
+        return WarpSettings(1, team, (0, 0, 0, 0))
+    if rotation.block <= 4096:
+        return WarpSettings(1, team, (1, 0, 0, 1))
+    return WarpSettings(1, team, (2, 1, 1, 2), wide=True)
+
+
+def decode_settings(rotation: Rotation) -> WarpSettings:
+    """The fastest measured settings."""
+    return WarpSettings(1, team_of(rotation), (0, 0, 0, 0))
 
 
 @lru_cache(maxsize=1)
@@ -42,97 +86,182 @@ def _kernels() -> ModuleType | None:
 
 def supports(rotation: Rotation, bits: int, device: torch.device) -> bool:
     """Whether these kernels handle the codec on `device`."""
-    slices = rotation.dim // SLICE
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (9, 0)
-        and rotation.num_blocks == 1
-        and 2 <= slices <= MAX_SLICES
-        and bits in _CODES
+        and team_of(rotation) > 0
+        and bits in _BITS
         and _kernels() is not None
     )
 
 
 def takes(x: Tensor) -> bool:
-    """Whether rows `(n, dim)` can be read as words: whole words, aligned, next to each other."""
+    """Whether rows `(n, dim)` can be read 16 bytes at a time."""
     return (
         x.dtype in _KINDS
         and x.stride(1) == 1
-        and x.stride(0) % 2 == 0
-        and x.storage_offset() % 2 == 0
-        and x.data_ptr() % (2 * x.element_size()) == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
     )
 
 
-def lane_signs(rotation: Rotation) -> Tensor:
-    """Sign bits as the lanes hold them, int32 `(2, 32, 4)`: round, lane, word.
+def _in_lanes(values: np.ndarray, layout: Layout) -> np.ndarray:
+    """Numbers of a row `(dim,)` as lanes hold them, `(slices, 32, PAIRS, 2)`."""
+    order = np.array(
+        [
+            [[layout.element(lane, pair) + half for half in (0, 1)] for pair in range(PAIRS)]
+            for lane in range(32)
+        ]
+    )
+    return np.asarray(values.reshape(-1, SLICE)[:, order])
 
-    Bit ``15 - i`` of word j is 1 where the first number of pair ``16 * j + i`` is negated, bit
-    ``31 - i`` where its second is.
+
+def _after_permutation(rotation: Rotation, values: np.ndarray) -> np.ndarray:
+    """What element i of block b meets in block (b + i) mod m."""
+    blocks = values.reshape(rotation.num_blocks, rotation.block)
+    index = np.arange(rotation.block)[None, :]
+    block = np.arange(rotation.num_blocks)[:, None]
+    return np.asarray(blocks[(block + index) % rotation.num_blocks, index].reshape(-1))
+
+
+def lane_signs(
+    rotation: Rotation, layout: Layout, team: int, *, first: torch.dtype = torch.float16
+) -> Tensor:
+    """Signs as lanes hold them: 1 or -1 `(2, slices of a row, 32, 2 * PAIRS)` by round, 16 bits.
+
+    Slices are those of the first warp, then the next; in the second round as they lie after the
+    exchange. The first round's are of dtype `first`, the second's fp16; the result is their bits as
+    int16. In the order of decoding the second round's apply once the permutation is undone.
     """
-    slices = rotation.dim // SLICE
-    words = np.zeros((2, 32, SIGN_WORDS), dtype=np.uint32)
-    for round_index in (0, 1):
-        minus = signs(rotation.seed, round_index, rotation.dim) < 0
-        # (lane, pair, number): pairs of a lane in the order in which it holds them.
-        minus = minus.reshape(slices, 32, PAIRS, 2).transpose(1, 0, 2, 3).reshape(32, -1, 2)
-        for pair in range(slices * PAIRS):
-            place = pair % 16
-            bits = minus[:, pair].astype(np.uint32)
-            words[round_index, :, pair // 16] |= bits[:, 0] << np.uint32(15 - place)
-            words[round_index, :, pair // 16] |= bits[:, 1] << np.uint32(31 - place)
-    return torch.from_numpy(words.view(np.int32))
+    shape = RowShape(rotation.dim, rotation.block, team)
+    local = range(shape.slices)
+    there = [shape.place(i) + warp * shape.slices_per_block for warp in range(team) for i in local]
+    after = [
+        shape.exchanged_place(i) + warp * shape.exchanged for warp in range(team) for i in local
+    ]
+    tables = []
+    for round_index, dtype, order in ((0, first, there), (1, torch.float16, after)):
+        values = np.asarray(signs(rotation.seed, round_index, rotation.dim), np.float32)
+        if layout is DECODE_LAYOUT and round_index == 1:
+            values = _after_permutation(rotation, values)
+        lanes = np.ascontiguousarray(_in_lanes(values, layout)[order])
+        tables.append(torch.from_numpy(lanes).to(dtype).view(torch.int16))
+    return torch.stack(tables)
+
+
+@dataclass(frozen=True)
+class WarpTables:
+    """What these kernels read, on one device; see `lane_signs`. `centroids`: fp16 `(256,)`."""
+
+    encode: dict[torch.dtype, Tensor]
+    decode: Tensor
+    centroids: Tensor
+
+
+def warp_tables(rotation: Rotation, bits: int, device: torch.device, team: int = 0) -> WarpTables:
+    """Build the tables on `device`, for the default team unless another is asked for."""
+    centroids = torch.zeros(256, dtype=torch.float16)
+    centroids[: 1 << bits] = torch.from_numpy(float32_centroids(rotation.dim, bits)).half()
+    team = team or team_of(rotation)
+    half = lane_signs(rotation, ENCODE_LAYOUT, team).to(device)
+    # A row of bfloat16 meets its first signs as it is.
+    brain = lane_signs(rotation, ENCODE_LAYOUT, team, first=torch.bfloat16).to(device)
+    return WarpTables(
+        {torch.bfloat16: brain, torch.float16: half, torch.float32: half},
+        lane_signs(rotation, DECODE_LAYOUT, team).to(device),
+        centroids.to(device),
+    )
+
+
+def _gain(rotation: Rotation) -> float:
+    """The factor of a unit vector after which coordinates come out with a variance of one.
+
+    The products are orthonormal, the levels between the slices of a block are not, in two rounds.
+    """
+    return math.sqrt(rotation.dim) * SLICE / rotation.block
+
+
+def encode_gain(rotation: Rotation, bits: int) -> float:
+    """The factor of a unit vector: coordinates come out as the assignment wants them."""
+    return _gain(rotation) * scale_of_pairs(rotation.dim, bits)
+
+
+def decode_gain(rotation: Rotation) -> float:
+    """The factor of results: what a rotation there and back, with the first factor, leaves."""
+    return _gain(rotation) / rotation.dim
 
 
 def launch_encode(
-    x: Tensor, packed: Tensor, norms: Tensor, bits: int, rotation: Rotation, sign_table: Tensor
+    x: Tensor,
+    packed: Tensor,
+    norms: Tensor,
+    bits: int,
+    rotation: Rotation,
+    tables: WarpTables,
+    settings: WarpSettings | None = None,
 ) -> None:
     """Encode the rows of `x`, which `takes` accepts, into `packed` and `norms`, in one launch.
 
     Args:
         x: `(n, dim)`, n > 0.
-        packed: uint8 `(n, packed_dim(dim, bits))`, contiguous, written.
+        packed: uint8 `(n, packed_dim(dim, bits))`, contiguous, at a multiple of 8 bytes, written.
         norms: float32 `(n,)`, contiguous, written; not finite for rows that are not.
-        sign_table: `lane_signs` of the rotation, on the device of `x`.
+        settings: launch settings other than the default ones.
     """
-    kind, dim = _KINDS[x.dtype], rotation.dim
-    text, constraints = encode_ptx(dim, bits, kind)
-    words = x.view(_WORDS[kind])
+    settings = settings or encode_settings(rotation, bits)
     kernels = _kernels()
     assert kernels is not None
     with on_device(x.device):
-        kernels.encode_warp_kernel[(len(x),)](
-            words,
-            packed.view(_CODES[bits]),
+        kernels.encode_warp_kernel[(-(-len(x) // settings.rows),)](
+            x,
+            packed,
             norms,
-            sign_table,
-            words.stride(0),
-            SLICE / math.sqrt(dim),
-            SLICES=dim // SLICE,
-            KIND=kind,
-            PTX=text,
-            CONSTRAINTS=constraints,
-            num_warps=1,
+            tables.encode[x.dtype],
+            len(x),
+            x.stride(0),
+            encode_gain(rotation, bits),
+            ROW_BYTES=packed_dim(rotation.dim, bits),
+            PTX=encode_ptx(
+                rotation.dim,
+                rotation.block,
+                bits,
+                _KINDS[x.dtype],
+                settings.fused,
+                settings.team,
+                settings.wide,
+            ),
+            ROWS=settings.rows,
+            TEAM=settings.team,
+            num_warps=settings.rows * settings.team,
         )
 
 
 def launch_decode(
-    packed: Tensor, norms: Tensor, out: Tensor, bits: int, rotation: Rotation, sign_table: Tensor
+    packed: Tensor,
+    norms: Tensor,
+    out: Tensor,
+    bits: int,
+    rotation: Rotation,
+    tables: WarpTables,
+    settings: WarpSettings | None = None,
 ) -> None:
-    """Decode `packed` and `norms`, contiguous, into `out`, float32 `(n, dim)` contiguous."""
-    dim = rotation.dim
-    text, constraints = decode_ptx(dim, bits)
+    """Decode `packed`, at a multiple of 4 bytes, and `norms` into `out`, float32 `(n, dim)`."""
+    settings = settings or decode_settings(rotation)
     kernels = _kernels()
     assert kernels is not None
     with on_device(packed.device):
-        kernels.decode_warp_kernel[(len(norms),)](
-            packed.view(_CODES[bits]),
+        kernels.decode_warp_kernel[(-(-len(norms) // settings.rows),)](
+            packed,
             norms,
-            out.view(torch.int64),
-            sign_table,
-            SLICE / math.sqrt(dim) / dim,
-            SLICES=dim // SLICE,
-            PTX=text,
-            CONSTRAINTS=constraints,
-            num_warps=1,
+            out,
+            tables.decode,
+            tables.centroids,
+            len(norms),
+            decode_gain(rotation),
+            DIM=rotation.dim,
+            ROW_BYTES=packed_dim(rotation.dim, bits),
+            PTX=decode_ptx(rotation.dim, rotation.block, bits, settings.fused, settings.team),
+            ROWS=settings.rows,
+            TEAM=settings.team,
+            num_warps=settings.rows * settings.team,
         )

@@ -22,7 +22,8 @@ pytestmark = [
 ]
 
 BITS = [1, 2, 4, 8]
-DIMS = [16, 64, 128, 256, 1024, 2048, 4096, 8192, 16384, 640, 2560, 3072, 5120]
+POWERS = [16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+DIMS = [*POWERS, 640, 1536, 2560, 3072, 5120, 7168, 12288]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MAX_DIFFERING = {1: 0.001, 2: 0.001, 4: 0.003, 8: 0.03}
 TABLE = {
@@ -74,7 +75,7 @@ def test_numbers_of_rows(n):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [128, 1024, 4096, 2560])
+@pytest.mark.parametrize("dim", [128, 1024, 4096, 2560, 16384])
 def test_error_is_that_of_the_table(dim, bits, dtype):
     expected = TABLE[dim if dim in TABLE else 4096][bits]
     x = torch.nn.functional.normalize(torch.randn(20_000_000 // dim, dim, device="cuda"), dim=1)
@@ -84,7 +85,7 @@ def test_error_is_that_of_the_table(dim, bits, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [64, 4096, 8192, 2560])
+@pytest.mark.parametrize("dim", [64, 4096, 8192, 16384, 2560])
 def test_awkward_rows(dim, bits):
     x = rows(12, dim)
     x[0] = 0
@@ -125,7 +126,7 @@ def test_norms_are_exact_to_float32(dtype):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [512, 4096])
 def test_both_kernels_of_a_size(dim, bits, dtype):
-    """Sizes that a warp holds are also the tile kernels', for rows that are not aligned."""
+    """Sizes that warps hold are also the tile kernels', for rows that are not aligned."""
     quantizer = TurboQuantMSE(dim, bits)
     x = rows(300, dim, dtype)
     cpu = quantizer.encode(x)
@@ -138,7 +139,7 @@ def test_both_kernels_of_a_size(dim, bits, dtype):
     assert (got - expected).norm() / expected.norm() < 1e-3
 
 
-@pytest.mark.parametrize("dim", [2560, 4096, 8192])
+@pytest.mark.parametrize("dim", [2560, 4096, 8192, 12288])
 def test_every_byte_is_written_and_none_beside(dim):
     from rectokens._turboquant.backends import make_backend
 

@@ -13,13 +13,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rectokens._turboquant.codec import block_rotation, codec_for, hadamard_rotation
-from rectokens.kernels.hadamard_ptx import SLICE, decode_ptx, encode_ptx
 from rectokens.kernels.turboquant import decode_kernel, encode_kernel
+from rectokens.kernels.turboquant_decode_ptx import decode_ptx
+from rectokens.kernels.turboquant_encode_ptx import encode_ptx
 from rectokens.kernels.turboquant_launch import (
     boundary_guess,
     decode_settings,
     encode_settings,
     tile_shape,
+)
+from rectokens.kernels.turboquant_warp_launch import decode_settings as decode_warp_settings
+from rectokens.kernels.turboquant_warp_launch import encode_settings as encode_warp_settings
+from rectokens.kernels.warp_rows import (
+    SLICE,
 )
 
 turboquant_warp = pytest.importorskip("rectokens.kernels.turboquant_warp")
@@ -153,12 +159,9 @@ def test_the_main_encode_kernel_moves_wide_words(tmp_path):
     assert re.search(r"STG\.E\.(64|128)", code)
 
 
-WARP_CODES = {1: "*u8", 2: "*i16", 4: "*i32"}
-
-
-def compile_warp(kernel, types, constants, text, tmp_path):
-    """The same of a kernel in which a warp holds a row."""
-    constants = {**constants, "PTX": text[0], "CONSTRAINTS": text[1]}
+def compile_warp(kernel, types, constants, settings, tmp_path):
+    """Registers, spilled bytes and machine code of a kernel in which warps hold a row."""
+    constants = {**constants, "ROWS": settings.rows, "TEAM": settings.team}
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     place = kernel.arg_names.index
     source = gluon_runtime.GluonASTSource(
@@ -168,57 +171,91 @@ def compile_warp(kernel, types, constants, text, tmp_path):
         attrs={
             (place(name),): [["tt.divisibility", 16]]
             for name, kind in types.items()
-            if kind.startswith("*") or name == "x_stride"
+            if kind.startswith("*")
         },
     )
-    compiled = triton.compile(source, target=HOPPER, options={"num_warps": 1})
+    warps = settings.rows * settings.team
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = run("--dump-resource-usage", cubin)
     registers, stack, local = (
         int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
     )
-    return registers, stack + local, compiled.metadata.shared, run("-sass", cubin)
+    return registers, stack + local, run("-sass", cubin)
 
 
 @pytest.mark.parametrize(
     ("dim", "bits", "kind", "most_registers"),
-    [(4096, 4, "bf16", 128), (4096, 1, "fp16", 128), (1024, 4, "fp32", 128), (512, 2, "bf16", 64)],
+    [
+        (4096, 4, "bf16", 128),
+        (4096, 1, "fp16", 128),
+        (4096, 8, "bf16", 128),
+        (4096, 4, "fp32", 192),
+        (1024, 4, "fp32", 80),
+        (512, 2, "bf16", 64),
+        (2560, 4, "bf16", 96),
+        (5120, 8, "fp32", 192),
+        (8192, 4, "bf16", 224),
+        (8192, 8, "bf16", 224),
+        (8192, 4, "fp32", 192),
+        (16384, 4, "bf16", 224),
+        (16384, 8, "fp32", 192),
+        (14336, 4, "fp32", 255),
+    ],
 )
 def test_encode_in_a_warp(dim, bits, kind, most_registers, tmp_path):
+    team, (registers, spilled, code) = compile_warp_encode(dim, bits, kind, tmp_path)
+    assert spilled == 0
+    assert registers <= most_registers
+    # Rows and signs come in 16 bytes a lane.
+    wide = dim // SLICE // team * (4 if kind == "fp32" else 3)
+    assert len(re.findall(r"LDG\S*\.128", code)) >= wide
+
+
+def compile_warp_encode(dim, bits, kind, tmp_path):
     types = {
-        "x_ptr": "*i64" if kind == "fp32" else "*i32",
-        "packed_ptr": WARP_CODES[bits],
+        "x_ptr": f"*{kind}",
+        "packed_ptr": "*u8",
         "norms_ptr": "*fp32",
         "signs_ptr": "*i32",
+        "num_rows": "i32",
         "x_stride": "i32",
         "gain": "fp32",
     }
-    constants = {"SLICES": dim // SLICE, "KIND": kind}
-    registers, spilled, shared, code = compile_warp(
-        turboquant_warp.encode_warp_kernel, types, constants, encode_ptx(dim, bits, kind), tmp_path
-    )
-    assert (spilled, shared) == (0, 0)
-    assert registers <= most_registers
-    assert len(re.findall("HMMA", code)) == 8 * dim // SLICE
+    rotation = rotation_of(dim)
+    settings = encode_warp_settings(rotation, bits)
+    text = encode_ptx(dim, rotation.block, bits, kind, settings.fused, settings.team, settings.wide)
+    constants = {"ROW_BYTES": dim * bits // 8, "PTX": text}
+    kernel = turboquant_warp.encode_warp_kernel
+    return settings.team, compile_warp(kernel, types, constants, settings, tmp_path)
 
 
-@pytest.mark.parametrize(("dim", "bits"), [(4096, 4), (4096, 1), (512, 2)])
-def test_decode_in_a_warp(dim, bits, tmp_path):
+@pytest.mark.parametrize(
+    ("dim", "bits", "most_registers"),
+    [(4096, 4, 128), (4096, 8, 128), (512, 2, 64), (2560, 1, 96), (8192, 4, 224), (16384, 8, 224)],
+)
+def test_decode_in_a_warp(dim, bits, most_registers, tmp_path):
     types = {
-        "packed_ptr": WARP_CODES[bits],
+        "packed_ptr": "*u8",
         "norms_ptr": "*fp32",
-        "out_ptr": "*i64",
+        "out_ptr": "*fp32",
         "signs_ptr": "*i32",
+        "centroids_ptr": "*fp16",
+        "num_rows": "i32",
         "gain": "fp32",
     }
-    registers, spilled, shared, code = compile_warp(
+    rotation = rotation_of(dim)
+    settings = decode_warp_settings(rotation)
+    text = decode_ptx(dim, rotation.block, bits, settings.fused, settings.team)
+    registers, spilled, code = compile_warp(
         turboquant_warp.decode_warp_kernel,
         types,
-        {"SLICES": dim // SLICE},
-        decode_ptx(dim, bits),
+        {"DIM": dim, "ROW_BYTES": dim * bits // 8, "PTX": text},
+        settings,
         tmp_path,
     )
-    assert (spilled, shared) == (0, 0)
-    assert registers <= 128
-    assert len(re.findall("HMMA", code)) == 8 * dim // SLICE
+    assert spilled == 0
+    assert registers <= most_registers
+    # Whole lines are written: 16 bytes a lane, lanes next to each other.
+    assert len(re.findall(r"STG\S*\.128", code)) == 2 * dim // SLICE // settings.team
