@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rectokens.artifacts.manifest import ARTIFACT_KINDS
@@ -30,6 +32,7 @@ from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.params import checked_params
 from server.jobs.places import open_ledger
+from server.jobs.process import JobProcess, ReadyProcess
 from server.jobs.supervise import Supervisor
 from server.jobs.types import JobErrorKind, JobKind, JobState
 from server.jobs.worker import Sweeper
@@ -183,6 +186,52 @@ def test_commands_that_are_killed_at_any_moment(workplace):
         ends |= {job.state for job in ledger.find(limit=1)}
     ledger.close()
     assert ends <= {JobState.INTERRUPTED, JobState.SUCCEEDED, JobState.QUEUED}
+
+
+def test_a_job_and_what_it_was_copied_from_are_killed_at_any_moment(workplace):
+    """By the one that watches it is found, whichever of the two has gone first."""
+    workplace.parquet("items.parquet", 3_000)
+    chance = random.Random(2)
+    settings = workplace.settings(batch_size=8)
+    ledger = open_ledger(settings)
+    owner = Owner.this_process()
+    ready = ReadyProcess(settings)
+    killers: list[threading.Timer] = []
+    states: list[JobState] = []
+
+    def begin() -> JobProcess:
+        taken = ready.take()
+        job = psutil.Process(taken.process.pid)
+        doomed = [[job], [job.parent(), job], [job.parent()]][len(states) % 3]
+        killers.append(threading.Timer(chance.random(), kill, (doomed,)))
+        killers[-1].start()
+        return taken
+
+    def kill(doomed: list[psutil.Process]) -> None:
+        for process in doomed:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    try:
+        # What they are copied from takes seconds to begin.
+        for _ in range(max(1, ROUNDS // 3)):
+            job, _ = ledger.begin(JobKind.REINDEX, {**REINDEX, "activate": True}, owner)
+            ended = Supervisor(settings, ledger, owner, begin=begin).run(job)
+            killers[-1].join()
+            states.append(ended.state)
+            if ended.state is JobState.INTERRUPTED:
+                assert ended.error is not None
+                assert "process died" in ended.error.message
+            assert not ledger.running()
+            check(workplace.store)
+            assert list(workplace.root.rglob(".partial-*")) == []
+            assert list((workplace.root / ".jobs" / "work").iterdir()) == []
+    finally:
+        ready.close()
+        forkserver._forkserver._stop()
+        ledger.close()
+    assert set(states) <= {JobState.INTERRUPTED, JobState.SUCCEEDED}
+    assert all(state is JobState.SUCCEEDED for state in states[2::3])  # only its origin died
 
 
 @pytest.mark.parametrize("limit", [300, 3_000, 20_000])
