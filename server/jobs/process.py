@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,10 +68,11 @@ class JobProcess:
         Args:
             settings: of the service.
             copied: from a process that has loaded :mod:`~server.jobs.preload`, which the first
-                call starts and waits for. Not for jobs with a share of the GPU: what its driver
-                holds cannot be copied.
+                call starts and waits for. A fresh one all the same for jobs with a share of the
+                GPU, as what its driver holds cannot be copied, and on systems other than Linux,
+                whose own libraries do not bear it.
         """
-        if copied and not settings.jobs.gpu_share:
+        if copied and sys.platform == "linux" and not settings.jobs.gpu_share:
             try:
                 return cls._begin(settings, copied=True)
             except (EOFError, OSError) as error:
