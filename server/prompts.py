@@ -32,7 +32,7 @@ def unknown_items(query: RecommendQuery, is_known: Tensor, catalog: Catalog) -> 
     """
     if bool(is_known.all()):
         return ()
-    ids = (part for part in query.parts if isinstance(part, str))
+    ids = query.item_ids
     unknown = dict.fromkeys(itertools.compress(ids, (~is_known).tolist()))
     if query.refuse_unknown_items:
         raise unknown_items_error(query.parts_param, catalog, list(unknown))

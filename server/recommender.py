@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -103,6 +103,13 @@ class RecommendQuery:
     refuse_unknown_items: bool = False
     allow_items: tuple[str, ...] | None = None
     cut_long_prompt: bool = True
+
+    @property
+    def item_ids(self) -> Sequence[str]:
+        """The items of the history, oldest first."""
+        if TextPart not in set(map(type, self.parts)):
+            return cast("tuple[str, ...]", self.parts)
+        return [part for part in self.parts if isinstance(part, str)]
 
     @property
     def is_quick(self) -> bool:
@@ -222,7 +229,7 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
             token ids or embeddings that are not acceptable.
     """
     catalog = release.catalog
-    history = catalog.index_of([part for part in query.parts if isinstance(part, str)])
+    history = catalog.index_of(query.item_ids)
     is_known = history >= 0
     known = history[is_known]
     unknown = unknown_items(query, is_known, catalog)

@@ -16,7 +16,8 @@ HashFunction: TypeAlias = Callable[[pl.Series], NDArray[np.uint64]]
 
 def hash_strings(values: pl.Series) -> NDArray[np.uint64]:
     """64-bit hash of each string; stable within a process, which is all an index needs."""
-    return values.hash(seed=0).to_numpy()
+    # Of rows, which are strings here, because that does not go through a query for each call.
+    return pl.DataFrame([values]).hash_rows(seed=0).to_numpy()
 
 
 class ItemIndex:
@@ -103,9 +104,12 @@ def _encodable(queries: Sequence[str]) -> tuple[pl.Series, NDArray[np.intp]]:
     Lone surrogates, which JSON can smuggle into a Python string, have no UTF-8 form; no item id
     can be equal to such a string.
     """
-    for query in queries:
-        if not isinstance(query, str):
-            raise TypeError(f"item id is {query!r}, a {type(query).__name__}; expected a string")
+    if set(map(type, queries)) != {str}:
+        for query in queries:
+            if not isinstance(query, str):
+                raise TypeError(
+                    f"item id is {query!r}, a {type(query).__name__}; expected a string"
+                )
     try:
         return pl.Series(queries, dtype=pl.String), np.arange(len(queries))
     except UnicodeEncodeError:
