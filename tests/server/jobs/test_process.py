@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -146,6 +147,13 @@ def test_a_process_whose_origin_died_is_killed_all_the_same(workplace):
     assert ended.error.type == "time_limit"
     assert process_is_gone(taken.process.pid)
     ledger.close()
+
+
+def test_with_a_share_of_a_gpu_it_is_no_copy(workplace):
+    begun = JobProcess.begin(workplace.settings(gpu_share=0.5), copied=True)
+    parent = psutil.Process(begun.process.pid).ppid()
+    begun.end()
+    assert parent == os.getpid()
 
 
 def test_a_copy_is_held_to_its_memory_limit(workplace, ready: ReadyProcess):
