@@ -21,6 +21,10 @@ ExpectedOption = Annotated[
     str | None, typer.Option(help="Only if this release is active; default: whatever is.")
 ]
 
+SkipGateOption = Annotated[
+    bool, typer.Option("--skip-gate", help="Replay no requests on it before it is served.")
+]
+
 
 def add_job_commands(app: typer.Typer) -> None:
     """Register the commands."""
@@ -69,6 +73,7 @@ def reindex(
         bool, typer.Option(help="Do not carry over the active catalog's constraint sets.")
     ] = False,
     activate: Annotated[bool, typer.Option(help="Make the new release the active one.")] = False,
+    skip_gate: SkipGateOption = False,
     note: NoteOption = None,
     as_json: Json = False,
 ) -> None:
@@ -102,6 +107,7 @@ def reindex(
             "collisions": collisions,
             "constraint_sets": "drop" if drop_constraint_sets else "keep",
             "activate": activate,
+            "gate": _gate(skip_gate),
             "note": note,
         }
         return run_command(extended, JobKind.REINDEX, params, printed="catalog", as_json=as_json)
@@ -120,6 +126,7 @@ def activate(
         typer.Option(help="Model version for --catalog; default that of the active release."),
     ] = None,
     expected_active: ExpectedOption = None,
+    skip_gate: SkipGateOption = False,
     note: NoteOption = None,
     as_json: Json = False,
 ) -> None:
@@ -134,6 +141,7 @@ def activate(
         "catalog": catalog,
         "model": model,
         "expected_active": expected_active,
+        "gate": _gate(skip_gate),
         "note": note,
     }
     _run(flags, "activate", params, "release", as_json)
@@ -142,6 +150,7 @@ def activate(
 def rollback(
     flags: dict[str, Any],
     expected_active: ExpectedOption = None,
+    skip_gate: SkipGateOption = False,
     note: NoteOption = None,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +160,7 @@ def rollback(
 
     Exit code: 0, 1 if it failed, 2 for options that are not allowed, 130 or 143 after a signal.
     """
-    params = {"expected_active": expected_active, "note": note}
+    params = {"expected_active": expected_active, "gate": _gate(skip_gate), "note": note}
     _run(flags, "rollback", params, "release", as_json)
 
 
@@ -261,6 +270,11 @@ def worker(flags: dict[str, Any]) -> None:
         return run_worker(settings)
 
     _guarded(run)
+
+
+def _gate(skip: bool) -> dict[str, Any] | None:
+    """Options of the gate, None for those of the service."""
+    return {"skip": True} if skip else None
 
 
 def _run(

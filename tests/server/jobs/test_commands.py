@@ -61,8 +61,11 @@ def test_from_training_to_a_rollback(workplace, invoke):
     assert activated.exit_code == 0, activated.output
     job = json.loads(activated.stdout)
     assert (job["state"], job["result"]["catalog"]) == ("succeeded", catalog)
+    assert job["parameters"] == {"catalog": catalog, "note": "by hand"}
     assert workplace.store.active().note == "by hand"
-    assert invoke("rollback").stdout.strip() == before
+    back = json.loads(invoke("rollback", "--skip-gate", "--json").stdout)
+    assert back["result"]["release"] == before
+    assert back["parameters"] == {"gate": {"skip": True}}
 
     listed = invoke("jobs")
     assert listed.exit_code == 0
