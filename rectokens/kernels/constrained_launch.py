@@ -38,13 +38,17 @@ class LinearSettings:
         slots: of a tile of that product.
         few: consecutive rows that share programs where they do not; divides ``group``.
         depth: hidden columns of a step of it; twice as many of 16 bits.
+        chains: sums that steps are added to in turn, 1 or 2.
         pairs, pairs_hidden: tile of the dot products of other rows; half as wide of float32.
         ahead: steps of those that are loaded at a time.
         few_bytes: of weight rows, read once for each row that has them as children, up to which no
             tiles are made: dot products have the shorter way.
         programs: at least so many are started where there is work for them.
-        fillers: programs that fill rows, which also are in the way of those that compute;
-            ``fillers_many`` for more than ``many_bytes``.
+        parts: programs of ``group`` rows, at least, unless that makes over four times ``programs``.
+        fillers: programs that fill rows, beside those that compute.
+        left: share of what is to be filled that the latter fill when they are done.
+        leaves: what is filled leaves the cache before what is multiplied.
+        listed: children listed at a time where rows share them.
         fill: entries of a row filled at a time.
         registers: most a thread may have, so that more programs fit a multiprocessor.
     """
@@ -53,15 +57,18 @@ class LinearSettings:
     group: int = 64
     slots: int = 64
     depth: int = 32
+    chains: int = 1
     few: int = 16
     pairs: int = 16
     pairs_hidden: int = 256
     ahead: int = 4
     few_bytes: int = 24 << 20
     programs: int = 264
-    fillers: int = 66
-    fillers_many: int = 396
-    many_bytes: int = 256 << 20
+    parts: int = 16
+    fillers: int = 132
+    left: float = 0.5
+    leaves: bool = True
+    listed: int = 512
     fill: int = 2048
     registers: int | None = None
     warps: int = 4
@@ -70,17 +77,21 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class SelectSettings:
-    """How children are chosen: ``block`` slots a program, ``warp`` of them a warp; the rest of a
-    longer row in further parts."""
+    """How children are chosen: ``block`` slots a program, of a longer row in further parts;
+    ``warp`` of them a warp where one is chosen, else ``warp_of_more``."""
 
     block: int = 2048
     warp: int = 256
+    warp_of_more: int = 512
 
 
 # Rows at one node with many children: large tiles of a product, each weight row read less often.
-WIDE = LinearSettings()
+WIDE = LinearSettings(group=128, fillers=264, left=0.3, leaves=False)
 # Else smaller ones, in fewer registers: more programs wait for memory at once.
-FINE = LinearSettings(group=16, slots=32)
+FINE = LinearSettings(group=16, slots=32, chains=2, fillers=66, left=0.7, stages=5)
+# Many children of few rows, and few children of many rows.
+LONG = LinearSettings(group=32, chains=2, left=0.4)
+NARROW = LinearSettings(slots=16, depth=64, fillers=16)
 DEFAULT_SELECT = SelectSettings()
 
 
@@ -106,9 +117,15 @@ class Trie:
         return self.row_ptrs.shape[0]
 
 
-def settings_for(num_rows: int, max_branches: int) -> LinearSettings:
-    """Tile shapes by what is known without asking the device where rows stand."""
-    return WIDE if max_branches >= 1024 and num_rows * max_branches >= 1 << 20 else FINE
+def settings_for(num_rows: int, max_branches: int, row_bytes: int) -> LinearSettings:
+    """Tile shapes by what is known without asking the device where rows stand.
+
+    ``row_bytes`` are a weight row's.
+    """
+    if max_branches >= 512:
+        return WIDE if max_branches >= 1024 and num_rows * max_branches >= 1 << 20 else LONG
+    together = num_rows * max_branches * row_bytes > FINE.few_bytes
+    return NARROW if max_branches <= NARROW.slots and together else FINE
 
 
 def transition_fits(logits: Tensor) -> bool:
@@ -121,9 +138,11 @@ def linear_fits(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     return all(t is None or t.dtype in KERNEL_DTYPES for t in (a, b, bias)) and a.shape[1] > 0
 
 
-def choice_fits(max_branches: int, k: int, temperature: Tensor, rows: int) -> bool:
+def choice_fits(max_branches: int, k: int, temperature: Tensor | None, rows: int) -> bool:
     """Whether the kernels choose ``k`` of so many branches."""
-    one_a_row = temperature.numel() == 1 or tuple(temperature.shape) == (rows, 1)
+    one_a_row = (
+        temperature is None or temperature.numel() == 1 or tuple(temperature.shape) == (rows, 1)
+    )
     return k <= MAX_K and max_branches <= MAX_BRANCHES and one_a_row
 
 
@@ -178,26 +197,29 @@ def launch_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Child logits while rows (B, V) are filled, then children put in their places."""
     trie = Trie.of(row_ptrs, stacked_cols_vals, cur_node)
-    settings = settings or settings_for(a.shape[0], max_branches)
+    settings = settings or settings_for(a.shape[0], max_branches, _row_bytes(b))
     if _whole_product(max_branches, b, settings):
         dense = product(a, b, bias)
         return launch_transition(dense, row_ptrs, stacked_cols_vals, cur_node, max_branches)
     spread = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
     next_node, valid_idxs, logits = _project(a, b, bias, trie, max_branches, settings, spread)
     block = min(1024, max(16, triton.next_power_of_2(max_branches)))
+    together = max(1, 1024 // block)
     for begin, rows in _grid_rows(a.shape[0]):
         with on_device(a.device):
-            kernels.place_kernel[(triton.cdiv(max_branches, block), rows)](
+            kernels.place_kernel[(triton.cdiv(max_branches, block), triton.cdiv(rows, together))](
                 logits[begin:],
                 spread[begin:],
                 trie.row_ptrs,
                 trie.edges,
                 trie.cur_node[begin:],
+                rows,
                 trie.num_nodes,
                 b.shape[1],
                 max_branches,
+                ROWS=together,
                 BLOCK_M=block,
-                num_warps=max(1, min(4, block // 128)),
+                num_warps=4,
             )
     return next_node, valid_idxs, spread
 
@@ -209,7 +231,7 @@ def launch_choice(
     trie: Trie,
     max_branches: int,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
     seed: Tensor | None = None,
     settings: LinearSettings | None = None,
     select: SelectSettings = DEFAULT_SELECT,
@@ -229,7 +251,7 @@ def child_logits(
     settings: LinearSettings | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Child nodes, tokens int64 and logits float32, all (B, M); -1 and -inf in empty slots."""
-    settings = settings or settings_for(a.shape[0], max_branches)
+    settings = settings or settings_for(a.shape[0], max_branches, _row_bytes(b))
     if not _whole_product(max_branches, b, settings):
         return _project(a, b, bias, trie, max_branches, settings)
     num_rows = a.shape[0]
@@ -276,11 +298,14 @@ def _project(
     slots = min(settings.slots, max(16, triton.next_power_of_2(max_branches)))
     groups = triton.cdiv(num_rows, settings.group)
     parts = max(triton.cdiv(settings.programs, groups), triton.cdiv(max_branches, slots))
+    parts = max(parts, min(settings.parts, triton.cdiv(4 * settings.programs, groups)))
     # More than there are rows to list or runs of pairs have nothing to do.
     useful = max(settings.group, triton.cdiv(settings.group * max_branches, settings.pairs))
     parts = max(settings.group // settings.few, min(parts, useful, settings.programs))
-    fillers = 0 if fill is None else _fillers(fill, settings)
-    gathered = num_rows * max_branches * hidden * b.element_size()
+    fillers, ahead = (0, 0) if fill is None else (settings.fillers, _ahead(fill, settings))
+    # Of few groups what is multiplied starts first; of many the hidden states stay in the cache.
+    tiles_first = 4 * groups <= settings.programs
+    gathered = num_rows * max_branches * _row_bytes(b)
     with on_device(a.device):
         kernels.project_kernel[(fillers + parts * groups,)](
             a,
@@ -295,7 +320,10 @@ def _project(
             trie.cur_node,
             num_rows,
             parts,
+            groups if tiles_first else 1,
+            1 if tiles_first else parts,
             fillers,
+            ahead,
             int(gathered > settings.few_bytes),
             trie.num_nodes,
             trie.edges.stride(0),
@@ -312,13 +340,16 @@ def _project(
             FEW=settings.few,
             BLOCK_M=slots,
             BLOCK_K=settings.depth * (1 if wide else 2),
+            CHAINS=settings.chains,
             PAIRS=settings.pairs,
             AHEAD=settings.ahead,
             BLOCK_H=min(
                 settings.pairs_hidden // (2 if wide else 1), triton.next_power_of_2(hidden)
             ),
             BLOCK_IDS=min(256, max(16, triton.next_power_of_2(max_branches))),
+            BLOCK_SHARED=settings.listed,
             BLOCK_FILL=settings.fill,
+            LEAVES=settings.leaves,
             num_warps=settings.warps,
             num_stages=settings.stages,
             maxnreg=settings.registers,
@@ -326,9 +357,13 @@ def _project(
     return next_node, valid_idxs, logits
 
 
-def _fillers(fill: Tensor, settings: LinearSettings) -> int:
-    many = fill.numel() * fill.element_size() > settings.many_bytes
-    return settings.fillers_many if many else settings.fillers
+def _row_bytes(b: Tensor) -> int:
+    return b.shape[0] * b.element_size()
+
+
+def _ahead(fill: Tensor, settings: LinearSettings) -> int:
+    """Blocks that programs fill which do nothing else."""
+    return int(fill.numel() // settings.fill * (1 - settings.left))
 
 
 def _grid_rows(num_rows: int) -> Iterator[tuple[int, int]]:
@@ -375,7 +410,7 @@ def _choose(
     next_node: Tensor,
     valid_idxs: Tensor,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
     seed: Tensor | None,
     settings: SelectSettings,
 ) -> Choices:
@@ -387,14 +422,17 @@ def _choose(
         logits.new_empty(shape, dtype=torch.long),
         logits.new_empty(shape),
     )
-    temperature = temperature.contiguous()
+    heated = temperature is not None
+    # What is not read may be any pointer: temperatures where there are none, the best form's seed.
+    temperature = logits if temperature is None else temperature.contiguous()
     stride = 0 if temperature.numel() == 1 else 1
-    # The best form reads no seed; any pointer will do.
     noise = valid_idxs if seed is None else seed
     width = triton.next_power_of_2(k)
     block = max(width, min(settings.block, triton.next_power_of_2(max_branches)), 16)
+    a_warp = settings.warp if k == 1 else settings.warp_of_more
     form: dict[str, Any] = {
-        "DRAW": seed is not None, "K": width, "num_warps": _warps(block, settings.warp)
+        "HEATED": heated, "DRAW": seed is not None, "K": width,
+        "num_warps": _warps(block, a_warp),
     }  # fmt: skip
     inputs = (logits, next_node, valid_idxs, temperature)
     with on_device(logits.device):
@@ -406,7 +444,7 @@ def _choose(
             return outputs
         stats = logits.new_empty((num_rows, 2))
         selection.stats_kernel[(num_rows,)](
-            logits, temperature, stats, max_branches, stride, BLOCK=2048, num_warps=8
+            logits, temperature, stats, max_branches, stride, HEATED=heated, BLOCK=2048, num_warps=8
         )
         block = max(settings.block, 4 * width)
         parts = triton.cdiv(max_branches, block)
@@ -421,11 +459,11 @@ def _choose(
             parts = triton.cdiv(count, merged)
             best = keys.new_empty((num_rows, parts, width))
             selection.merge_kernel[(num_rows, parts)](
-                keys, best, count, K=width, BLOCK=merged, num_warps=_warps(merged, settings.warp)
+                keys, best, count, K=width, BLOCK=merged, num_warps=_warps(merged, a_warp)
             )
             keys = best
         selection.emit_kernel[(num_rows,)](
-            keys, stats, *inputs, *outputs, max_branches, k, stride, K=width
+            keys, stats, *inputs, *outputs, max_branches, k, stride, HEATED=heated, K=width
         )
     return outputs
 

@@ -65,13 +65,13 @@ def _sampling(
     cur_node: Tensor,
     max_branches: int,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """k draws without replacement; the noise of a child is a function of (seed, row, token).
 
-    temperature: float32, broadcasts to (B, M). seed: int64, no dimensions. Results as ``_topk``,
-    in the order drawn.
+    temperature: float32, broadcasts to (B, M); None is 1. seed: int64, no dimensions. Results as
+    ``_topk``, in the order drawn.
     """
     next_node, valid_idxs = children_of(row_ptrs, stacked_cols_vals, cur_node, max_branches)
     logits = linear_at_children(a, b, bias, valid_idxs)
@@ -87,7 +87,7 @@ def _topk(
     cur_node: Tensor,
     max_branches: int,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The k best children, equal logits by ascending token.
 
@@ -105,9 +105,10 @@ def _draw(
     valid_idxs: Tensor,
     logits: Tensor,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    temperature = _temperature(temperature, logits)
     row = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
     noise = gumbel(seed, row, valid_idxs)
     keys = perturbed(logits.double(), valid_idxs >= 0, temperature, noise)
@@ -115,10 +116,15 @@ def _draw(
 
 
 def _rank(
-    next_node: Tensor, valid_idxs: Tensor, logits: Tensor, k: int, temperature: Tensor
+    next_node: Tensor, valid_idxs: Tensor, logits: Tensor, k: int, temperature: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    temperature = _temperature(temperature, logits)
     keys = torch.nan_to_num(logits, nan=-_INF, posinf=_INF, neginf=-_INF)
     return next_node, valid_idxs, *_take(logits, next_node, valid_idxs, keys, k, temperature)
+
+
+def _temperature(temperature: Tensor | None, logits: Tensor) -> Tensor:
+    return logits.new_ones((1, 1), dtype=torch.float32) if temperature is None else temperature
 
 
 def _take(
@@ -181,7 +187,7 @@ def _fake_choice(
     cur_node: Tensor,
     max_branches: int,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids = (a.shape[0], max_branches)
@@ -238,7 +244,7 @@ def _sampling_cuda(
     cur_node: Tensor,
     max_branches: int,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _kernels_fit(a, b, bias, max_branches):
@@ -262,7 +268,7 @@ def _topk_cuda(
     cur_node: Tensor,
     max_branches: int,
     k: int,
-    temperature: Tensor,
+    temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _kernels_fit(a, b, bias, max_branches):
         return _topk(

@@ -41,25 +41,43 @@ def _children(edges_ptr, edge_stride, first, slot, live):
 
 
 @triton.jit
+def _step(a_base, w_base, in_rows, live, start, a_col, w_hidden, acc, HIDDEN: tl.constexpr,
+          BLOCK_H: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
+    """`acc` with BLOCK_H hidden columns of a product more."""
+    h = start + tl.arange(0, BLOCK_H)
+    inside = h < HIDDEN
+    left = tl.load(a_base + h[None, :] * a_col, mask=in_rows[:, None] & inside[None, :],
+                   other=0.0)  # fmt: skip
+    right = tl.load(w_base + h[:, None] * w_hidden, mask=inside[:, None] & live[None, :],
+                    other=0.0)  # fmt: skip
+    if not SAME:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="tf32x3")
+
+
+@triton.jit
 def _product(a_ptr, w_ptr, rows, in_rows, token, live, a_row, a_col, w_token, w_hidden,
              HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_H: tl.constexpr):  # fmt: skip
-    """a[rows] @ w[token].T as fp32 [BLOCK_B, BLOCK_N]."""
+             BLOCK_H: tl.constexpr, CHAINS: tl.constexpr):  # fmt: skip
+    """a[rows] @ w[token].T as fp32 [BLOCK_B, BLOCK_N].
+
+    With two CHAINS every other step adds to a sum of its own, so that it need not wait for the one
+    before.
+    """
     same: tl.constexpr = a_ptr.dtype.element_ty == w_ptr.dtype.element_ty
     a_base = a_ptr + rows.to(tl.int64)[:, None] * a_row
     w_base = w_ptr + token[None, :] * w_token
     acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    for start in range(0, HIDDEN, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        inside = h < HIDDEN
-        left = tl.load(a_base + h[None, :] * a_col, mask=in_rows[:, None] & inside[None, :],
-                       other=0.0)  # fmt: skip
-        right = tl.load(w_base + h[:, None] * w_hidden, mask=inside[:, None] & live[None, :],
-                        other=0.0)  # fmt: skip
-        if not same:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        acc = tl.dot(left, right, acc, input_precision="tf32x3")
+    other = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    for start in range(0, HIDDEN, BLOCK_H * CHAINS):
+        acc = _step(a_base, w_base, in_rows, live, start, a_col, w_hidden, acc, HIDDEN, BLOCK_H,
+                    same)  # fmt: skip
+        if CHAINS == 2:
+            other = _step(a_base, w_base, in_rows, live, start + BLOCK_H, a_col, w_hidden, other,
+                          HIDDEN, BLOCK_H, same)  # fmt: skip
+    if CHAINS == 2:
+        acc += other
     return acc
 
 
@@ -99,15 +117,20 @@ def spread_kernel(source_ptr, out_ptr, next_ptr, valid_ptr, row_ptrs_ptr, edges_
 
 
 @triton.jit
-def _fill(out_ptr, size, part, parts, BLOCK: tl.constexpr):
-    """-inf into every `parts`-th block of out[:size], so that all write in one place at a time."""
+def _fill(out_ptr, first, size, part, parts, BLOCK: tl.constexpr, LEAVES: tl.constexpr):
+    """-inf into every `parts`-th block of out[:size] from block `first` on.
+
+    So all write in one place at a time. The last block need not be whole. LEAVES: the cache, before
+    what is multiplied.
+    """
     nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
-    whole = size // BLOCK * BLOCK
+    whole = size // BLOCK
     # Without a mask, so that stores are wide.
-    for start in range(part * BLOCK, whole, parts * BLOCK):
-        tl.store(out_ptr + start + tl.arange(0, BLOCK), nothing)
+    for block in range(first + part, whole, parts):
+        tl.store(out_ptr + block * BLOCK + tl.arange(0, BLOCK), nothing,
+                 eviction_policy="evict_first" if LEAVES else "")  # fmt: skip
     if part == 0:
-        place = whole + tl.arange(0, BLOCK)
+        place = whole * BLOCK + tl.arange(0, BLOCK)
         tl.store(out_ptr + place, nothing, mask=place < size)
 
 
@@ -151,7 +174,8 @@ def _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, 
 @triton.jit
 def _tiles(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, count, size, part, parts, a_row, a_col,
            w_token, w_hidden, max_branches, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-           GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+           GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+           CHAINS: tl.constexpr):  # fmt: skip
     """Logits of every `parts`-th tile of the children that all rows of a group share."""
     local = tl.arange(0, GROUP)
     in_rows = local < size
@@ -160,7 +184,7 @@ def _tiles(a_ptr, w_ptr, bias_ptr, logits_ptr, edges_ptr, count, size, part, par
         live = slot < count
         token = tl.load(edges_ptr + slot, mask=live, other=0).to(tl.int64)
         value = _product(a_ptr, w_ptr, local, in_rows, token, live, a_row, a_col, w_token,
-                         w_hidden, HIDDEN, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
+                         w_hidden, HIDDEN, GROUP, BLOCK_M, BLOCK_K, CHAINS)  # fmt: skip
         if HAS_BIAS:
             value += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)[None, :]
         tl.store(logits_ptr + local[:, None] * max_branches + slot[None, :], value,
@@ -237,58 +261,72 @@ def _alike(cur_node_ptr, rows, num_rows, together):
     return alike
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts", "fillers", "together", "num_nodes",
-                               "max_branches"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_rows", "parts", "a_part", "a_group", "fillers", "ahead",
+                               "together", "num_nodes", "max_branches"])  # fmt: skip
 def project_kernel(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, out_ptr, row_ptrs_ptr,
-                   edges_ptr, cur_node_ptr, num_rows, parts, fillers, together, num_nodes,
-                   edge_stride, a_row, a_col, w_token, w_hidden, max_branches, width,
-                   HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr, FILL: tl.constexpr,
+                   edges_ptr, cur_node_ptr, num_rows, parts, a_part, a_group, fillers, ahead,
+                   together, num_nodes, edge_stride, a_row, a_col, w_token, w_hidden, max_branches,
+                   width, HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr, FILL: tl.constexpr,
                    GROUP: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr,
-                   BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
-                   BLOCK_FILL: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, CHAINS: tl.constexpr, PAIRS: tl.constexpr,
+                   AHEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_IDS: tl.constexpr,
+                   BLOCK_SHARED: tl.constexpr, BLOCK_FILL: tl.constexpr,
+                   LEAVES: tl.constexpr):  # fmt: skip
     """One of the `parts` programs of a group of rows: children, nodes, fp32 logits, all (B, M).
 
-    FILL: the first `fillers` programs write -inf into `out` (B, width) instead, on every
-    multiprocessor while others compute there. `together`: 0 or 1, whether rows at one node are
-    multiplied as tiles.
+    FILL: the first `fillers` programs write -inf into `out` (B, width) instead, into its first
+    `ahead` blocks, while the others compute; these fill the rest when they are done. The next part
+    and the next group are `a_part` and `a_group` programs on. `together`: 0 or 1, whether rows at
+    one node are multiplied as tiles.
     """
     number = tl.program_id(0) - fillers
     if number < 0:
         if FILL:
-            size = (tl.full((), 0, tl.int64) + num_rows) * width
-            _fill(out_ptr, size, tl.program_id(0).to(tl.int64), fillers, BLOCK_FILL)
+            size = (tl.full((), 0, tl.int64) + ahead) * BLOCK_FILL
+            _fill(out_ptr, 0, size, tl.program_id(0).to(tl.int64), fillers, BLOCK_FILL,
+                  LEAVES)  # fmt: skip
     else:
-        part = number % parts
-        begin = (number // parts).to(tl.int64) * GROUP
+        part = number // a_part % parts
+        begin = (number // a_group % tl.cdiv(num_rows, GROUP)).to(tl.int64) * GROUP
         if _alike(cur_node_ptr, begin + tl.arange(0, GROUP), num_rows, together) > 0:
             size = tl.minimum(num_rows - begin, GROUP)
             first, count = _edges(row_ptrs_ptr, tl.load(cur_node_ptr + begin), num_nodes,
                                   max_branches)  # fmt: skip
-            _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count,
-                        begin, part, parts, size, max_branches, BLOCK_IDS)  # fmt: skip
+            # Programs that multiply nothing list the children, or, where there are none, all do.
+            tiles = tl.cdiv(count, BLOCK_M)
+            tiles = tl.where(tiles < parts, tiles, 0)
+            if part >= tiles:
+                _shared_ids(logits_ptr, next_ptr, valid_ptr, edges_ptr, edge_stride, first, count,
+                            begin, part - tiles, parts - tiles, size, max_branches,
+                            BLOCK_SHARED)  # fmt: skip
             # Offsets from the group's own rows fit 32 bits.
             _tiles(a_ptr + begin * a_row, w_ptr, bias_ptr, logits_ptr + begin * max_branches,
                    edges_ptr + first, count, size, part, parts, a_row, a_col, w_token, w_hidden,
-                   max_branches, HIDDEN, HAS_BIAS, GROUP, BLOCK_M, BLOCK_K)  # fmt: skip
+                   max_branches, HIDDEN, HAS_BIAS, GROUP, BLOCK_M, BLOCK_K, CHAINS)  # fmt: skip
         else:
             _scattered(a_ptr, w_ptr, bias_ptr, logits_ptr, next_ptr, valid_ptr, row_ptrs_ptr,
                        edges_ptr, cur_node_ptr, num_rows, num_nodes, edge_stride, a_row, a_col,
                        w_token, w_hidden, max_branches, begin, part, parts, HIDDEN, HAS_BIAS,
                        GROUP // FEW, FEW, PAIRS, AHEAD, BLOCK_H, BLOCK_IDS)  # fmt: skip
+        if FILL:
+            size = (tl.full((), 0, tl.int64) + num_rows) * width
+            _fill(out_ptr, tl.full((), 0, tl.int64) + ahead, size, number,
+                  tl.num_programs(0) - fillers, BLOCK_FILL, LEAVES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_nodes", "max_branches"])
-def place_kernel(logits_ptr, out_ptr, row_ptrs_ptr, edges_ptr, cur_node_ptr, num_nodes, width,
-                 max_branches, BLOCK_M: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["num_rows", "num_nodes", "max_branches"])
+def place_kernel(logits_ptr, out_ptr, row_ptrs_ptr, edges_ptr, cur_node_ptr, num_rows, num_nodes,
+                 width, max_branches, ROWS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Logits (B, M) of children to their tokens' columns of out (B, width)."""
-    row = tl.program_id(1).to(tl.int64)
-    first, count = _edges(row_ptrs_ptr, tl.load(cur_node_ptr + row), num_nodes, max_branches)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    node = tl.load(cur_node_ptr + tl.minimum(row, num_rows - 1))
+    first, count = _edges(row_ptrs_ptr, node, num_nodes, max_branches)
     slot = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = slot < count
-    token = tl.load(edges_ptr + first + slot, mask=live, other=0).to(tl.int64)
-    value = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=0.0)
-    tl.store(out_ptr + row * width + token, value, mask=live)
+    live = (row < num_rows)[:, None] & (slot[None, :] < count[:, None])
+    token = tl.load(edges_ptr + first[:, None] + slot[None, :], mask=live, other=0).to(tl.int64)
+    place = row[:, None] * max_branches + slot[None, :]
+    value = tl.load(logits_ptr + place, mask=live, other=0.0)
+    tl.store(out_ptr + row[:, None] * width + token, value, mask=live)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -301,7 +339,7 @@ def product_kernel(a_ptr, w_ptr, bias_ptr, out_ptr, num_rows, width, a_row, a_co
     token = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     live = token < width
     value = _product(a_ptr, w_ptr, rows, in_rows, token, live, a_row, a_col, w_token, w_hidden,
-                     HIDDEN, BLOCK_B, BLOCK_N, BLOCK_H)  # fmt: skip
+                     HIDDEN, BLOCK_B, BLOCK_N, BLOCK_H, 1)  # fmt: skip
     if HAS_BIAS:
         value += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)[None, :]
     place = rows.to(tl.int64)[:, None] * width + token[None, :]

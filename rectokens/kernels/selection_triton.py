@@ -75,6 +75,16 @@ def gumbel_of_bits(bits):
 
 
 @triton.jit
+def _temperature(temperature_ptr, row, stride, HEATED: tl.constexpr):
+    """A row's temperature; 1 where there are none to read."""
+    if HEATED:
+        temperature = tl.load(temperature_ptr + row * stride)
+    else:
+        temperature = tl.full((), 1.0, tl.float32)
+    return temperature
+
+
+@triton.jit
 def _clean(logit, live):
     """NaN and what is no child to -inf."""
     return tl.where(live & (logit == logit), logit, float("-inf"))
@@ -118,11 +128,13 @@ def _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW: tl.c
 
 
 @triton.jit
-def _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr):
+def _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr, logits_ptr, valid_ptr,
+              max_branches, AGAIN: tl.constexpr):  # fmt: skip
     """The key of one draw, [1]; only its slot and whether it is _NO_KEY mean anything.
 
     In float32 first: where only one child is within rounding of the largest, it is the one that
-    float64 would find. Else, which is rare, float64 decides.
+    float64 would find. Else, which is rare, float64 decides, AGAIN slots at a time, so that it
+    takes no registers from what is common.
     """
     drawn = hash_of(tl.load(seed_ptr), row, token) >> 12
     uniform = drawn.to(tl.int64).to(tl.float32) * 2.0**-52 + 2.0**-53
@@ -140,8 +152,16 @@ def _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr):
     if (temperature > 0) & decided & (tl.abs(peak) < 2.0**60) & (least > -(2.0**60)):
         best = tl.sum(tl.where(near, slot, 0), axis=0).to(tl.int64) ^ _SLOT_MASK
     else:
-        keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, True)
-        best = tl.max(keys, axis=0)
+        best = tl.full((), _NO_KEY, tl.int64)
+        for start in range(0, max_branches, AGAIN):
+            slots = start + tl.arange(0, AGAIN)
+            place = row * max_branches + slots
+            tokens = tl.load(valid_ptr + place, mask=slots < max_branches, other=-1)
+            some = tokens >= 0
+            logit = tl.load(logits_ptr + place, mask=some, other=float("-inf"))
+            keys = _keys(_clean(logit, some), some, peak, slots, tokens, row, temperature, seed_ptr,
+                         True)  # fmt: skip
+            best = tl.maximum(best, tl.max(keys, axis=0))
     return tl.zeros((1,), tl.int64) + best
 
 
@@ -155,6 +175,27 @@ def _threshold(values, live, wanted, lowest: tl.constexpr):
         middle = found + (tl.full((), 1, tl.int32) << bit)
         enough = tl.sum((live & (values >= middle)).to(tl.int32), axis=0) >= wanted
         found = tl.where(enough, middle, found)
+    return found
+
+
+@triton.jit
+def _low_threshold(values, wanted):
+    """The `wanted`-th largest of fewer than 1,024 int32 values without its 12 lowest bits.
+
+    _INT_MIN where fewer are larger than that. Two bits at a time: three counts share a sum.
+    """
+    found = tl.full((), _INT_MIN, tl.int32)
+    for pair in range(15, 5, -1):
+        quarter = tl.full((), 1, tl.int32) << (2 * pair)
+        # The sums wrap around zero, as they must from the lowest number.
+        first = found + quarter
+        second = first + quarter
+        third = second + quarter
+        counts = (values >= first).to(tl.int32) + ((values >= second).to(tl.int32) << 10)
+        counts = tl.sum(counts + ((values >= third).to(tl.int32) << 20), axis=0)
+        found = tl.where((counts & 1023) >= wanted, first, found)
+        found = tl.where(((counts >> 10) & 1023) >= wanted, second, found)
+        found = tl.where((counts >> 20) >= wanted, third, found)
     return found
 
 
@@ -191,8 +232,9 @@ def _reaching(keys, live, upper, K: tl.constexpr):
 def _largest(keys, kept_ptr, K: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):
     """The K largest of [BLOCK] keys that differ, descending; `kept` (ROOM,) is this program's own.
 
-    With ROOM for twice as many, a threshold of the largest keys of 4 K groups comes first: K groups
-    reach it, and few of their other keys do. Where too many do, or there is no room, an exact one.
+    With ROOM for twice as many, a threshold of the largest keys of 4 K groups comes first, and a
+    little below it: K groups reach it, and few of their other keys do. Where too many do, or there
+    is no room, an exact one.
     """
     if K == 1:
         best = tl.zeros((1,), tl.int64) + tl.max(keys, axis=0)
@@ -203,16 +245,18 @@ def _largest(keys, kept_ptr, K: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.cons
     else:
         live = keys != _NO_KEY
         upper = (keys >> 32).to(tl.int32)
-        if ROOM >= 2 * K and BLOCK >= 16 * K:
+        if ROOM >= 2 * K and BLOCK >= 16 * K and K <= 128:
             heads = tl.reshape(tl.where(live, upper, _INT_MIN), (4 * K, BLOCK // (4 * K)),
                                can_reorder=True)  # fmt: skip
             heads = tl.max(heads, axis=1)
-            near = live & (upper >= _threshold(heads, heads > _INT_MIN, K, _INT_MIN))
+            near = live & (upper >= _low_threshold(heads, K))
             if tl.sum(near.to(tl.int32), axis=0) > ROOM:
                 near = _reaching(keys, live, upper, K)
             best = tl.topk(_gathered(keys, near, kept_ptr, ROOM), K)
         else:
-            taken = _reaching(keys, live, upper, K)
+            taken = live
+            if tl.sum(live.to(tl.int32), axis=0) > K:
+                taken = _reaching(keys, live, upper, K)
             best = tl.sort(_gathered(keys, taken, kept_ptr, K), descending=True)
     return best
 
@@ -239,7 +283,7 @@ def _emit(best, row, peak, log_sum, temperature, logits_ptr, next_ptr, valid_ptr
 @triton.jit(do_not_specialize=["max_branches", "k", "temperature_stride"])
 def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, out_logits_ptr,
                   out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, kept_ptr, max_branches, k,
-                  temperature_stride, DRAW: tl.constexpr, K: tl.constexpr,
+                  temperature_stride, HEATED: tl.constexpr, DRAW: tl.constexpr, K: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     """Choices of one row of at most BLOCK slots: four outputs (B, k)."""
     row = tl.program_id(0).to(tl.int64)
@@ -247,13 +291,14 @@ def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, ou
     inside = slot < max_branches
     token = tl.load(valid_ptr + row * max_branches + slot, mask=inside, other=-1)
     live = token >= 0
-    logit = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=float("-inf"))
-    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    logit = tl.load(logits_ptr + row * max_branches + slot, mask=inside, other=float("-inf"))
+    temperature = _temperature(temperature_ptr, row, temperature_stride, HEATED)
     clean = _clean(logit, live)
     peak = _peak(clean)
     log_sum = tl.log(tl.sum(tl.exp(_scores(clean, peak, temperature)), axis=0))
     if DRAW and K == 1:
-        best = _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr)
+        best = _one_draw(clean, live, peak, slot, token, row, temperature, seed_ptr, logits_ptr,
+                         valid_ptr, max_branches, 256 if BLOCK > 256 else BLOCK)  # fmt: skip
     else:
         keys = _keys(clean, live, peak, slot, token, row, temperature, seed_ptr, DRAW)
         best = _largest(keys, kept_ptr + row * 2 * K, K, 2 * K, BLOCK)
@@ -263,10 +308,10 @@ def select_kernel(logits_ptr, next_ptr, valid_ptr, temperature_ptr, seed_ptr, ou
 
 @triton.jit(do_not_specialize=["max_branches", "temperature_stride"])
 def stats_kernel(logits_ptr, temperature_ptr, stats_ptr, max_branches, temperature_stride,
-                 BLOCK: tl.constexpr):  # fmt: skip
+                 HEATED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A row's largest logit, and the log of the sum of its scores' exponentials: (B, 2)."""
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    temperature = _temperature(temperature_ptr, row, temperature_stride, HEATED)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, max_branches, BLOCK):
         slot = start + tl.arange(0, BLOCK)
@@ -286,8 +331,8 @@ def stats_kernel(logits_ptr, temperature_ptr, stats_ptr, max_branches, temperatu
 
 @triton.jit(do_not_specialize=["max_branches", "temperature_stride"])
 def part_kernel(logits_ptr, valid_ptr, temperature_ptr, seed_ptr, stats_ptr, keys_ptr,
-                max_branches, temperature_stride, DRAW: tl.constexpr, K: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                max_branches, temperature_stride, HEATED: tl.constexpr, DRAW: tl.constexpr,
+                K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The K best keys of BLOCK slots of one row, to `keys` (B, parts, K)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -295,8 +340,8 @@ def part_kernel(logits_ptr, valid_ptr, temperature_ptr, seed_ptr, stats_ptr, key
     inside = slot < max_branches
     token = tl.load(valid_ptr + row * max_branches + slot, mask=inside, other=-1)
     live = token >= 0
-    logit = tl.load(logits_ptr + row * max_branches + slot, mask=live, other=float("-inf"))
-    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    logit = tl.load(logits_ptr + row * max_branches + slot, mask=inside, other=float("-inf"))
+    temperature = _temperature(temperature_ptr, row, temperature_stride, HEATED)
     peak = tl.load(stats_ptr + row * 2)
     keys = _keys(_clean(logit, live), live, peak, slot, token, row, temperature, seed_ptr, DRAW)
     out_at = keys_ptr + (row * tl.num_programs(1) + part) * K
@@ -323,11 +368,11 @@ def merge_kernel(keys_ptr, out_ptr, count, K: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit(do_not_specialize=["max_branches", "k", "temperature_stride"])
 def emit_kernel(keys_ptr, stats_ptr, logits_ptr, next_ptr, valid_ptr, temperature_ptr,
                 out_logits_ptr, out_tokens_ptr, out_nodes_ptr, out_log_probas_ptr, max_branches, k,
-                temperature_stride, K: tl.constexpr):  # fmt: skip
+                temperature_stride, HEATED: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Choices of one row from its merged keys (B, K)."""
     row = tl.program_id(0).to(tl.int64)
     best = tl.load(keys_ptr + row * K + tl.arange(0, K))
-    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    temperature = _temperature(temperature_ptr, row, temperature_stride, HEATED)
     _emit(best, row, tl.load(stats_ptr + row * 2), tl.load(stats_ptr + row * 2 + 1), temperature,
           logits_ptr, next_ptr, valid_ptr, out_logits_ptr, out_tokens_ptr, out_nodes_ptr,
           out_log_probas_ptr, max_branches, k, K)  # fmt: skip

@@ -230,10 +230,10 @@ def _seed_tensor(rng_seed: int | Tensor | None, device: torch.device) -> Tensor:
     return rng_seed.to(device=device, dtype=torch.long).reshape(())
 
 
-def _temperature_tensor(temperature: float | Tensor | None, a: Tensor) -> Tensor:
-    """float32, (1, 1) or (B, 1)."""
+def _temperature_tensor(temperature: float | Tensor | None, a: Tensor) -> Tensor | None:
+    """float32, (1, 1) or (B, 1); None for 1, which spares the device a launch."""
     if temperature is None:
-        temperature = 1.0
+        return None
     if not isinstance(temperature, Tensor):
         check_temperature(temperature)
         return torch.full((1, 1), temperature, dtype=torch.float32, device=a.device)

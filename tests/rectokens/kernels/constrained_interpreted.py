@@ -102,6 +102,8 @@ def compare(name, shape, vocab, rows, step, kind, dtype, seed, settings, k=3, he
     if seed % 2:
         temperature = torch.rand(rows, 1, generator=g) * 2
         temperature[::3] = 0.0
+    elif seed % 4 == 0 and heat == 1.0:
+        temperature = None
     extra = (k, temperature) if name == "topk" else (k, temperature, torch.tensor(seed - 5000))
     wanted = getattr(ops, f"_{name}")(a, b, bias, *tables, *extra)
     if linear is None:
@@ -113,7 +115,16 @@ def compare(name, shape, vocab, rows, step, kind, dtype, seed, settings, k=3, he
 
 
 SMALL = launch.LinearSettings(
-    group=4, few=2, slots=16, pairs=4, pairs_hidden=16, programs=8, fillers=5, fill=32
+    group=4,
+    few=2,
+    slots=16,
+    pairs=4,
+    pairs_hidden=16,
+    programs=8,
+    fillers=5,
+    left=0.4,
+    listed=16,
+    fill=32,
 )
 FORMS = {
     "gather and shared": launch.LinearSettings(
@@ -126,6 +137,8 @@ FORMS = {
         few_bytes=-1,
         programs=8,
         fillers=3,
+        left=0.0,
+        listed=16,
         fill=32,
     ),
     "product": launch.LinearSettings(product_share=0.0),
@@ -188,17 +201,23 @@ def gathered(results):
 
 
 def single_draws(results):
-    """One draw a row: float32 decides most of them, float64 the rest, and nobody can tell which."""
-    trie = random_trie("all children", 40, None)
+    """One draw a row: float32 decides most of them, float64 the rest, and nobody can tell which.
+
+    At temperature 0, and of logits too large for float32, float64 decides all.
+    """
     g = torch.Generator().manual_seed(6)
-    tables = (trie.row_ptrs, trie.stacked_cols_vals, torch.zeros(80, dtype=torch.long), 40)
-    for heat, spread in ((0.1, 1.0), (1.0, 0.0), (5.0, 1000.0)):
-        bias = torch.randn(40, generator=g) * spread
-        args = (torch.zeros(80, 3), torch.zeros(3, 40), bias, *tables, 1)
+    cases = ((40, 80, 0.1, 1.0), (40, 80, 1.0, 0.0), (40, 80, 5.0, 1000.0), (600, 3, 0.0, 1.0),
+             (600, 3, 1e30, 1e30), (600, 9, 1.0, 1.0))  # fmt: skip
+    for children, rows, heat, spread in cases:
+        trie = CompactCSRTrie.from_sorted_batch(torch.arange(children)[:, None], children, 1)
+        node = torch.zeros(rows, dtype=torch.long)
+        tables = (trie.row_ptrs, trie.stacked_cols_vals, node, children)
+        bias = torch.randn(children, generator=g) * spread
+        args = (torch.zeros(rows, 3), torch.zeros(3, children), bias, *tables, 1)
         args = (*args, torch.full((1, 1), heat), torch.tensor(5))
         trie_of = launch.Trie.of(*tables[:3])
         got = launch.launch_choice(*args[:3], trie_of, *args[6:], settings=SMALL)
-        results[f"single draws/{heat}"] = same(got, ops._sampling(*args), exact=False)
+        results[f"single draws/{children}/{heat}"] = same(got, ops._sampling(*args), exact=False)
 
 
 def registered(results):

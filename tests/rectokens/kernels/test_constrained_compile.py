@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from rectokens.kernels import constrained_triton as constrained
 from rectokens.kernels import nearest_triton as nearest
 from rectokens.kernels import selection_triton as selection
-from rectokens.kernels.constrained_launch import FINE, WIDE
+from rectokens.kernels.constrained_launch import FINE, LONG, NARROW, WIDE
 from rectokens.kernels.nearest_launch import settings_for
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -86,33 +86,41 @@ def cuobjdump(option, cubin):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fill", "chosen", "slots"),
+    ("dtype", "fill", "chosen", "slots", "may_spill"),
     [
-        ("bf16", False, WIDE, 64),
-        ("fp32", True, WIDE, 64),
-        ("bf16", False, FINE, 32),
-        ("bf16", True, FINE, 32),
-        ("fp32", False, FINE, 32),
-        ("fp32", True, FINE, 16),
+        # Where some may spill, smaller tiles did not, and were slower.
+        ("bf16", False, WIDE, 64, 48),
+        ("fp32", True, WIDE, 64, 600),
+        ("bf16", False, FINE, 32, 0),
+        ("bf16", True, FINE, 32, 0),
+        ("fp32", False, FINE, 32, 0),
+        ("fp32", True, FINE, 32, 0),
+        ("fp32", True, LONG, 64, 40),
+        ("bf16", False, LONG, 64, 0),
+        ("fp32", True, NARROW, 16, 0),
+        ("bf16", False, NARROW, 16, 0),
     ],
 )
-def test_project(tmp_path, dtype, fill, chosen, slots):
+def test_project(tmp_path, dtype, fill, chosen, slots, may_spill):
     narrow = 1 if dtype == "bf16" else 2
     constants = {"HIDDEN": 1024, "HAS_BIAS": True, "FILL": fill, "GROUP": chosen.group,
                  "FEW": chosen.few, "BLOCK_M": slots, "BLOCK_K": 2 * chosen.depth // narrow,
-                 "PAIRS": chosen.pairs, "AHEAD": chosen.ahead,
+                 "CHAINS": chosen.chains, "PAIRS": chosen.pairs, "AHEAD": chosen.ahead,
                  "BLOCK_H": chosen.pairs_hidden // narrow, "BLOCK_IDS": 256,
-                 "BLOCK_FILL": chosen.fill}  # fmt: skip
-    code = code_of(constrained.project_kernel, tmp_path, dtype, constants,
+                 "BLOCK_SHARED": chosen.listed, "BLOCK_FILL": chosen.fill,
+                 "LEAVES": chosen.leaves}  # fmt: skip
+    code = code_of(constrained.project_kernel, tmp_path, dtype, constants, may_spill,
                    num_warps=chosen.warps, num_stages=chosen.stages)  # fmt: skip
     assert re.search("HG?MMA", code)
     # Wide loads of weights, wide stores of the filling.
     assert re.search(r"LDGSTS\.E\S*\.128", code)
-    assert re.search(r"STG\.E\.128", code) or not fill
+    assert re.search(r"STG\.E\S*\.128", code) or not fill
 
 
 def test_place(tmp_path):
-    code_of(constrained.place_kernel, tmp_path, "fp32", {"BLOCK_M": 1024}, num_warps=4)
+    for rows, block in ((1, 1024), (64, 16)):
+        constants = {"ROWS": rows, "BLOCK_M": block}
+        code_of(constrained.place_kernel, tmp_path, "fp32", constants, num_warps=4)
 
 
 @pytest.mark.parametrize(("dtype", "block"), [("bf16", 128), ("fp32", 128), ("fp32", 64)])
@@ -136,25 +144,25 @@ def test_spread(tmp_path, dtype):
     [
         (False, 1, 2048, 8),
         (True, 1, 2048, 8),
-        (False, 64, 2048, 8),
-        (False, 64, 2048, 2),
-        (True, 64, 2048, 8),
+        (False, 64, 2048, 4),
+        (False, 64, 256, 1),
+        (True, 64, 2048, 4),
         (False, 512, 512, 2),
         (True, 512, 512, 2),
     ],
 )
 def test_select(tmp_path, draw, k, block, warps):
-    constants = {"DRAW": draw, "K": k, "BLOCK": block}
+    constants = {"HEATED": True, "DRAW": draw, "K": k, "BLOCK": block}
     code_of(selection.select_kernel, tmp_path, "fp32", constants, num_warps=warps)
 
 
 def test_long_rows(tmp_path):
-    constants = {"DRAW": True, "K": 64, "BLOCK": 2048}
+    constants = {"HEATED": True, "DRAW": True, "K": 64, "BLOCK": 2048}
     code_of(selection.part_kernel, tmp_path, "fp32", constants, num_warps=8)
     code_of(selection.merge_kernel, tmp_path, "fp32", {"K": 64, "BLOCK": 2048}, num_warps=8)
-    code_of(selection.stats_kernel, tmp_path, "fp32", {"BLOCK": 2048}, num_warps=8)
+    code_of(selection.stats_kernel, tmp_path, "fp32", {"HEATED": True, "BLOCK": 2048}, num_warps=8)
     code_of(selection.merge_kernel, tmp_path, "fp32", {"K": 512, "BLOCK": 2048}, num_warps=8)
-    code_of(selection.emit_kernel, tmp_path, "fp32", {"K": 64}, num_warps=4)
+    code_of(selection.emit_kernel, tmp_path, "fp32", {"HEATED": False, "K": 64}, num_warps=4)
 
 
 @pytest.mark.parametrize(
