@@ -25,7 +25,7 @@ def arguments(name, *, rows, with_bias, transposed, dtype):
     b = torch.randn(5, 3, dtype=dtype).T if transposed else torch.randn(3, 5, dtype=dtype)
     bias = torch.randn(5, dtype=dtype) if with_bias else None
     common = (torch.randn(rows, 3, dtype=dtype), b, bias, *tables, node, 2)
-    heat = torch.ones(1, 1)
+    heat = torch.ones(1, 1) if with_bias else None
     return {
         "fused_linear_constrained_node_transition": common,
         "fused_linear_constrained_node_transition_topk": (*common, 3, heat),

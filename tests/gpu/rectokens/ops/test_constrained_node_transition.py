@@ -101,7 +101,9 @@ def test_linear(shape, dtype, rows, place, hidden, vocab, plain):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "children"), [(37, 2000), (300, 200), (1030, 1100)])
+@pytest.mark.parametrize(
+    ("rows", "children"), [(37, 2000), (300, 200), (1030, 1100), (1500, 60), (5000, 9)]
+)
 def test_rows_at_one_node_are_multiplied_as_tiles(dtype, rows, children):
     """Enough rows and children that no dot products are made one by one."""
     g = torch.Generator().manual_seed(rows)
