@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 _ALIGNED = 8  # elements of 16 bits: rows of bulk copies begin at multiples of 16 bytes
 _BUSY = 0.9  # of the programs' turns, at least; below, the last turn is too empty to pay
 _LEAST_TURNS = 3
-_MANY_ROWS = 8_192  # from here on larger groups of row tiles share the cache better
+_GROUP = 8  # row tiles that share columns in the cache
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def launch_gated_linear(
             outputs,
             hidden,
             ACTIVATION=activation,
-            GROUP=16 if rows >= _MANY_ROWS else 8,
+            GROUP=_GROUP,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.outputs,
             BLOCK_K=tile.hidden,
