@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _PRELOAD = ["server.jobs.preload"]
-# A process that was taken is replaced once its job is done, or after so long: not while both
-# would want the same cores.
+# A process that is no copy is replaced once the job of the one before is done, or after so long:
+# its imports would want the cores that the job wants.
 _REPLACE_S = 10.0
 # After one that died by itself.
 _RETRY_S = 30.0
@@ -72,7 +72,7 @@ class JobProcess:
                 GPU, as what its driver holds cannot be copied, and on systems other than Linux,
                 whose own libraries do not bear it.
         """
-        if copied and sys.platform == "linux" and not settings.jobs.gpu_share:
+        if copied and _can_be_copied(settings):
             try:
                 return cls._begin(settings, copied=True)
             except (EOFError, OSError) as error:
@@ -171,7 +171,8 @@ class ReadyProcess:
         with self._state:
             self._state.wait_for(lambda: not self._beginning)
             taken, self._waiting = self._waiting, None
-            self._not_before = time.monotonic() + _REPLACE_S
+            pause_s = 0.0 if _can_be_copied(self._settings) else _REPLACE_S
+            self._not_before = time.monotonic() + pause_s
         if taken is not None and taken.is_alive:
             return taken
         if taken is not None:
@@ -218,6 +219,10 @@ class ReadyProcess:
             waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.end()
+
+
+def _can_be_copied(settings: Settings) -> bool:
+    return sys.platform == "linux" and not settings.jobs.gpu_share
 
 
 def _wait_for_job(connection: Connection, settings: Settings) -> None:

@@ -153,7 +153,7 @@ def test_ctrl_c_cancels(workplace):
     flags = ["--source", str(workplace.lake / "items.parquet"), "--jobs.batch-size", "1"]
     process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
     ledger = open_ledger(workplace.settings())
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not any(job.message.startswith("encoding:") for job in ledger.running()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
