@@ -18,6 +18,10 @@ Blocks (the codec of sizes that are not powers of two) are runs of slices. The p
 the rounds moves an element to the same place of another block, which is another register of the
 same lane: block b's element i goes to block (b + i) mod m, so a lane rotates the registers of a
 place by a number of its own, in the binary steps of a barrel shifter.
+
+A row that several warps hold is transformed between them by an exchange: the bits of the index that
+tell warps apart change places with as many that tell a warp's slices apart, in the first round, and
+back in the second. The permutation and the second signs come in between and take that order.
 """
 
 from __future__ import annotations
@@ -28,7 +32,6 @@ from rectokens.kernels.warp_rows import PAIRS, SLICE, Layout, Levels, RowShape
 
 # LOP3 tables: inputs a, b, c are 0xF0, 0xCC, 0xAA.
 AND_XOR = 0x6A  # (a & b) ^ c
-SELECT = 0xCA  # a ? b : c
 XOR_OR_NOT = 0x65  # a ? b ^ c : ~c
 
 
@@ -168,20 +171,13 @@ def load_signs(names: str, table: str, round_index: int, shape: RowShape, index:
     return f"ld.global.nc.v4.b32 {{{registers}}}, [{table}+{offset}];"
 
 
-def flip_signs(
-    shape: RowShape, table: str, round_index: int, slices: Sequence[int], kind: str = "f16"
-) -> Iterator[str]:
-    """Multiply slices by their signs."""
-    for index in slices:
-        yield load_signs("a", table, round_index, shape, index)
-        for pair in range(PAIRS):
-            yield f"mul.rn.{kind}x2 {v(index, pair)}, {v(index, pair)}, a{pair};"
-
-
 def flip_and_butterfly(shape: RowShape, table: str, levels: Sequence[int]) -> Iterator[str]:
     """Signs of the second round, then the transform over slices; they ride on its first level."""
     if not levels:
-        yield from flip_signs(shape, table, 1, range(shape.slices))
+        for index in range(shape.slices):
+            yield load_signs("a", table, 1, shape, index)
+            for pair in range(PAIRS):
+                yield f"mul.rn.f16x2 {v(index, pair)}, {v(index, pair)}, a{pair};"
         return
     for index, other in combined(shape, levels[:1]):
         yield load_signs("a", table, 1, shape, index)

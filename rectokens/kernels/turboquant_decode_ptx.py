@@ -1,4 +1,4 @@
-"""PTX of one warp that decodes one row: read codes, look up, rotate back, rescale, write.
+"""PTX that decodes one row in a warp or a few: read codes, look up, rotate back, rescale, write.
 
 A lane holds runs of four numbers, 16 bytes of what it writes, so that a warp writes whole lines.
 Up to 4 bits the centroids are selected by bytes from registers; at 8 bits they are looked up in
@@ -158,7 +158,7 @@ def decode_ptx(dim: int, block: int, bits: int, fused: Fused, team: int = 1) -> 
     factor (fp32) by which a result and the norm are multiplied.
 
     Args:
-        dim: size of a row that `hadamard_ptx.fits`, in blocks of `block`.
+        dim: size of a row that `warp_rows.fits`, in blocks of `block`.
         bits: 1, 2, 4 or 8.
         fused: how many levels between slices each of the four products takes along.
         team: warps a row; more than one must be all of the launch's block.

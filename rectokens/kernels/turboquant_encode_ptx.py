@@ -1,4 +1,4 @@
-"""PTX of one warp that encodes one row: read, measure, rotate, assign, pack, write.
+"""PTX that encodes one row in a warp or a few: read, measure, rotate, assign, pack, write.
 
 Rows of bfloat16 and float16 go to the first product as they come, and their norm is the diagonal
 of a product of the row with itself; only sums, in fp32, are converted.
@@ -39,9 +39,9 @@ from rectokens.kernels.warp_rows import (
 _SQUARES_LOW = 1e-24
 _SQUARES_HIGH = 1e30
 # fp32 rows of more slices than this are read twice: their words would not fit in registers.
-MOST_FP32_SLICES = 16
+_MOST_FP32_SLICES = 16
 _CHAINS = 8
-STORES = {1: "u8", 2: "u16", 4: "b32", 8: "v2.b32"}
+_STORES = {1: "u8", 2: "u16", 4: "b32", 8: "v2.b32"}
 
 
 def _load(kind: str, shape: RowShape, index: int, *, again: bool = False) -> Iterator[str]:
@@ -275,7 +275,7 @@ def _last_products(shape: RowShape, bits: int, distances: Sequence[int]) -> Iter
             else:
                 yield from assign_pairs(output, bits, shape.dim)
             value = "{d0, d1}" if bits == 8 else "d0"
-            yield f"st.global.{STORES[bits]} [po+{32 * bits * shape.place(index)}], {value};"
+            yield f"st.global.{_STORES[bits]} [po+{32 * bits * shape.place(index)}], {value};"
 
 
 @lru_cache(maxsize=64)
@@ -294,7 +294,7 @@ def encode_ptx(
     bytes, of its norm and of the signs, $5 the factor (fp32) of a unit vector.
 
     Args:
-        dim: size of a row that `hadamard_ptx.fits`, in blocks of `block`.
+        dim: size of a row that `warp_rows.fits`, in blocks of `block`.
         bits: 1, 2, 4 or 8.
         kind: ``bf16``, ``fp16`` or ``fp32``, the type of the row's numbers.
         fused: how many levels between slices each of the four products takes along.
@@ -303,7 +303,7 @@ def encode_ptx(
     """
     shape = RowShape(dim, block, team)
     slices = shape.slices
-    reread = kind == "fp32" and slices > MOST_FP32_SLICES
+    reread = kind == "fp32" and slices > _MOST_FP32_SLICES
     levels = Levels.of(shape, fused)
     number_bytes = 4 if kind == "fp32" else 2
     lines = [

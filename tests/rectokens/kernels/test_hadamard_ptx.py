@@ -193,7 +193,7 @@ def test_decode(dim, bits):
 )
 def test_rows_that_warps_share(dim, bits, team):
     quantizer = quantizer_for(dim, bits, codec_for(dim))
-    for kind, factor in (("bf16", 1), ("fp32", 1), ("bf16", 1e20), ("fp32", 1e-30)):
+    for kind, factor in (("bf16", 1e20), ("fp32", 1)):
         x = (random_row(dim) * factor).to(DTYPES[kind])
         expected, norms = quantizer.encode(x[None])
         packed, norm = encode_row(x, bits, kind, team=team)
