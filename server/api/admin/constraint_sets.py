@@ -84,7 +84,7 @@ async def get_set(
     name: SetName,
     request: Request,
     limit: Annotated[int, Query(ge=0, le=10_000, description="Most item ids told.")] = 100,
-    offset: Annotated[int, Query(ge=0, description="Items passed over.")] = 0,
+    offset: Annotated[int, Query(ge=0, lt=2**31, description="Items passed over.")] = 0,
 ) -> Response:
     """Its definition and a part of its items, in catalog order."""
     catalog = _catalog(request)

@@ -118,6 +118,7 @@ MISTAKES = [
     ("POST", "/tokenizers", {"source": SOURCE, "num_levels": 65}, "num_levels"),
     ("POST", "/tokenizers", {"source": SOURCE, "codebook_size": 10**9}, "codebook_size"),
     ("GET", "/jobs?limit=0", None, "limit"),
+    ("GET", f"/constraint-sets/even?offset={2**63}", None, "offset"),
     ("GET", "/jobs?state=asleep", None, "state"),
     ("GET", "/catalogs?limit=100000", None, "limit"),
 ]
