@@ -6,9 +6,11 @@ import asyncio
 import importlib.util
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -123,6 +125,10 @@ class ServerProcess:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
+        # Read all the time: a service that cannot write its log stands still.
+        self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
         self.lines: list[dict[str, Any]] = []
         self.port = 0
         self.stdout = ""
@@ -133,8 +139,7 @@ class ServerProcess:
 
     def read_until(self, event: str) -> dict[str, Any]:
         """Read log lines up to the one with that event."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        while (line := self._unread.get(timeout=240)) is not None:
             record = json.loads(line) if line.startswith("{") else {"event": line.strip()}
             self.lines.append(record)
             if record["event"] == event:
@@ -146,8 +151,26 @@ class ServerProcess:
 
     def wait(self) -> tuple[int, str]:
         """Exit code and the rest of stderr."""
-        self.stdout, stderr = self.process.communicate(timeout=30)
-        return self.process.returncode, stderr
+        assert self.process.stdout is not None
+        self.process.wait(timeout=30)
+        self.stdout = self.process.stdout.read()
+        return self.process.returncode, "".join(iter(self._unread.get, None))
+
+    def end(self) -> None:
+        """Kill it, unless it has ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._unread.put(line)
+        self._unread.put(None)
 
 
 @pytest.fixture
@@ -171,9 +194,7 @@ def start_process() -> Iterator[Callable[..., ServerProcess]]:
 
     yield start
     for server in started:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate()
+        server.end()
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,7 @@ def test_a_reindex_waits_for_the_one_before(workplace):
     racers = [
         subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    outputs = [racer.communicate(timeout=120)[0] for racer in racers]
+    outputs = [racer.communicate(timeout=240)[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], outputs
     assert any("another job changes the catalog; waiting for it" in out for out in outputs)
     ledger = open_ledger(workplace.settings())
