@@ -80,7 +80,8 @@ def test_killed_at_any_time_and_continued_it_is_as_if_nothing_had_happened(
     stdout, stderr = process.communicate(timeout=120 + 10 * ROUNDS)
     assert process.returncode == 0, stderr
     assert stdout == ""
-    assert f"{SHARDS * SHARD_ROWS} users in {out}: {SHARDS * SHARD_ROWS} answered" in stderr
+    users_there = f"{SHARDS * SHARD_ROWS:,}"
+    assert f"{users_there} users in {out}: {users_there} answered" in stderr
     assert json.loads((out / "summary.json").read_text())["last_run"]["users"] == SHARD_ROWS * (
         SHARDS - len(survivors)
     )
