@@ -16,7 +16,7 @@ from rectokens.prompts import params as check
 from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
 from rectokens.prompts.sequence import IGNORED_LABEL
-from rectokens.prompts.truncation import items_to_drop, items_to_drop_within
+from rectokens.prompts.truncation import items_to_drop_of_items
 from rectokens.schemas.item_tokens import ItemTokens
 
 NAME = "framed_history"
@@ -98,16 +98,14 @@ class FramedHistoryBuilder:
         return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
 
     def _to_drop(self, num_items: int, max_tokens: int | None) -> int:
-        dropped = items_to_drop(num_items, self._max_items, self._block_items)
-        if max_tokens is None:
-            return dropped
-        within = items_to_drop_within(
-            max_tokens,
+        return items_to_drop_of_items(
             num_items,
+            max_tokens,
+            max_items=self._max_items,
+            block=self._block_items,
             bare_tokens=self._bare_tokens,
             tokens_of_item=self._tokens_of_item,
         )
-        return max(dropped, within)
 
     def target(self, codes: Sequence[int]) -> list[int]:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""

@@ -20,7 +20,11 @@ from numpy.typing import NDArray
 
 from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
-from rectokens.prompts.truncation import items_to_drop, items_to_drop_within
+from rectokens.prompts.truncation import (
+    items_to_drop,
+    items_to_drop_of_items,
+    items_to_drop_within,
+)
 from rectokens.schemas.item_tokens import ItemTokens
 
 IGNORED_LABEL = -100
@@ -147,15 +151,14 @@ class SequencePromptBuilder:
         self, codes: NDArray[np.integer], *, max_tokens: int | None = None
     ) -> BuiltPrompt:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""
-        dropped = items_to_drop(len(codes), self._max_items, self._block_items)
-        if max_tokens is not None:
-            within = items_to_drop_within(
-                max_tokens,
-                len(codes),
-                bare_tokens=self._bare_tokens,
-                tokens_of_item=self._tokens_of_item,
-            )
-            dropped = max(dropped, within)
+        dropped = items_to_drop_of_items(
+            len(codes),
+            max_tokens,
+            max_items=self._max_items,
+            block=self._block_items,
+            bare_tokens=self._bare_tokens,
+            tokens_of_item=self._tokens_of_item,
+        )
         return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
 
     def target(self, codes: Sequence[int]) -> list[int]:

@@ -67,3 +67,34 @@ def items_to_drop_within(
         )
     # Texts come and go; blocks of a size that depends on the limit alone stay in place.
     return items_to_drop(num_items, room, block_of(space // tokens_of_item))
+
+
+def items_to_drop_of_items(
+    num_items: int,
+    max_tokens: int | None,
+    *,
+    max_items: int,
+    block: int,
+    bare_tokens: int,
+    tokens_of_item: int,
+) -> int:
+    """Oldest items to leave out of a history of items only, by both limits.
+
+    Args:
+        num_items: of the history.
+        max_tokens: of the whole prompt, None for no such limit.
+        max_items: most items that stay, at least 1.
+        block: items that go together for that limit, at least 1.
+        bare_tokens: of a prompt of nothing.
+        tokens_of_item: that each item adds.
+
+    Raises:
+        PromptTooLongError: not even the newest item fits.
+    """
+    dropped = items_to_drop(num_items, max_items, block)
+    if max_tokens is None:
+        return dropped
+    within = items_to_drop_within(
+        max_tokens, num_items, bare_tokens=bare_tokens, tokens_of_item=tokens_of_item
+    )
+    return max(dropped, within)
