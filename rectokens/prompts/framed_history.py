@@ -16,7 +16,7 @@ from rectokens.prompts import params as check
 from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
 from rectokens.prompts.sequence import IGNORED_LABEL
-from rectokens.prompts.truncation import items_to_drop_of_items
+from rectokens.prompts.truncation import items_to_drop_by_limits
 from rectokens.schemas.item_tokens import ItemTokens
 
 NAME = "framed_history"
@@ -98,7 +98,7 @@ class FramedHistoryBuilder:
         return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
 
     def _to_drop(self, num_items: int, max_tokens: int | None) -> int:
-        return items_to_drop_of_items(
+        return items_to_drop_by_limits(
             num_items,
             max_tokens,
             max_items=self._max_items,

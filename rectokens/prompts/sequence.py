@@ -22,8 +22,7 @@ from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
 from rectokens.prompts.truncation import (
     items_to_drop,
-    items_to_drop_of_items,
-    items_to_drop_within,
+    items_to_drop_by_limits,
 )
 from rectokens.schemas.item_tokens import ItemTokens
 
@@ -126,16 +125,7 @@ class SequencePromptBuilder:
                 texts_cut += cut
                 text_tokens += len(text_ids)
         num_items = items_dropped + sum(is_item for is_item, _ in pieces)
-        over = 0
-        if max_tokens is not None:
-            over = items_to_drop_within(
-                max_tokens,
-                num_items,
-                bare_tokens=self._bare_tokens,
-                tokens_of_item=self._tokens_of_item,
-                text_tokens=text_tokens,
-            )
-            over -= items_dropped
+        over = self._to_drop(num_items, max_tokens, text_tokens) - items_dropped
         ids = list(self._head)
         for is_item, piece in pieces:
             if is_item and over > 0:
@@ -151,15 +141,19 @@ class SequencePromptBuilder:
         self, codes: NDArray[np.integer], *, max_tokens: int | None = None
     ) -> BuiltPrompt:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""
-        dropped = items_to_drop_of_items(
-            len(codes),
+        dropped = self._to_drop(len(codes), max_tokens)
+        return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
+
+    def _to_drop(self, num_items: int, max_tokens: int | None, text_tokens: int = 0) -> int:
+        return items_to_drop_by_limits(
+            num_items,
             max_tokens,
             max_items=self._max_items,
             block=self._block_items,
             bare_tokens=self._bare_tokens,
             tokens_of_item=self._tokens_of_item,
+            text_tokens=text_tokens,
         )
-        return BuiltPrompt(self._layout.prompt(codes[dropped:]), len(codes) - dropped, dropped)
 
     def target(self, codes: Sequence[int]) -> list[int]:
         """See :class:`rectokens.prompts.builder.PromptBuilder`."""

@@ -36,19 +36,26 @@ def block_of(room: int) -> int:
     return max(room // _BLOCKS_OF_ROOM, 1)
 
 
-def items_to_drop_within(
-    max_tokens: int,
+def items_to_drop_by_limits(
     num_items: int,
+    max_tokens: int | None,
     *,
+    max_items: int,
+    block: int,
     bare_tokens: int,
     tokens_of_item: int,
     text_tokens: int = 0,
 ) -> int:
-    """Oldest items of a history to leave out for a prompt of at most ``max_tokens``.
+    """Oldest items of a history to leave out, by the layout's limit and by that of the prompt.
+
+    Where the layout's limit leaves no more items than fit, it alone decides. Both answers never
+    fall while a history grows, nor does what is returned.
 
     Args:
-        max_tokens: of the whole prompt.
         num_items: of the history.
+        max_tokens: of the whole prompt, None for no such limit.
+        max_items: most items that stay, at least 1.
+        block: items that go together for that limit, at least 1.
         bare_tokens: of a prompt of nothing.
         tokens_of_item: that each item adds.
         text_tokens: that all texts add.
@@ -56,6 +63,9 @@ def items_to_drop_within(
     Raises:
         PromptTooLongError: not even the newest item fits.
     """
+    dropped = items_to_drop(num_items, max_items, block)
+    if max_tokens is None:
+        return dropped
     space = max_tokens - bare_tokens
     room = (space - text_tokens) // tokens_of_item
     least = min(num_items, 1)
@@ -65,36 +75,7 @@ def items_to_drop_within(
             f"the prompt has {tokens} tokens even with "
             f"{'the newest item only' if least else 'no item'}; at most {max_tokens} fit"
         )
-    # Texts come and go; blocks of a size that depends on the limit alone stay in place.
-    return items_to_drop(num_items, room, block_of(space // tokens_of_item))
-
-
-def items_to_drop_of_items(
-    num_items: int,
-    max_tokens: int | None,
-    *,
-    max_items: int,
-    block: int,
-    bare_tokens: int,
-    tokens_of_item: int,
-) -> int:
-    """Oldest items to leave out of a history of items only, by both limits.
-
-    Args:
-        num_items: of the history.
-        max_tokens: of the whole prompt, None for no such limit.
-        max_items: most items that stay, at least 1.
-        block: items that go together for that limit, at least 1.
-        bare_tokens: of a prompt of nothing.
-        tokens_of_item: that each item adds.
-
-    Raises:
-        PromptTooLongError: not even the newest item fits.
-    """
-    dropped = items_to_drop(num_items, max_items, block)
-    if max_tokens is None:
+    if max_items <= room:
         return dropped
-    within = items_to_drop_within(
-        max_tokens, num_items, bare_tokens=bare_tokens, tokens_of_item=tokens_of_item
-    )
-    return max(dropped, within)
+    # Texts come and go; blocks of a size that depends on the limit alone stay in place.
+    return max(dropped, items_to_drop(num_items, room, block_of(space // tokens_of_item)))

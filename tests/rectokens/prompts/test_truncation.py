@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rectokens.prompts.parts import ItemPart, PromptTooLongError, TextPart
 from rectokens.prompts.recipe import PromptRecipe
 from rectokens.prompts.registry import prompt_builder
-from rectokens.prompts.truncation import items_to_drop
+from rectokens.prompts.truncation import items_to_drop, items_to_drop_by_limits
 
 L, K = 3, 5
 ITEM = 1 + L
@@ -78,6 +78,37 @@ def test_the_newest_items_and_all_texts_stay_within_the_limit(aware, item_tokens
     assert most - block < prompt.items_used <= most
     if len(whole.token_ids) <= limit:
         assert prompt == whole
+
+
+def test_a_limit_that_the_layout_already_keeps_leaves_nothing_out(aware, item_tokens):
+    recipe = PromptRecipe("interleaved", 1, {"max_items": 10, "end_token": True, "max_texts": 2})
+    builder = prompt_builder(recipe, item_tokens, aware)
+    parts = [*history(12), TextPart("matte")]
+    whole = builder.build(parts)
+    assert whole.items_truncated == 2
+    assert len(whole.token_ids) <= 61
+    assert builder.build(parts, max_tokens=61) == whole  # blocks of three items for this limit
+
+
+@given(
+    st.integers(1, 30), st.integers(1, 30), st.integers(1, 8), st.integers(0, 60), st.integers(0, 6)
+)
+def test_the_beginning_never_moves_back_while_a_history_grows(
+    max_items, block, tokens_of_item, space, text_tokens
+):
+    dropped = [
+        items_to_drop_by_limits(
+            num_items,
+            3 + space + text_tokens + tokens_of_item,
+            max_items=max_items,
+            block=min(block, max_items),
+            bare_tokens=3,
+            tokens_of_item=tokens_of_item,
+            text_tokens=text_tokens,
+        )
+        for num_items in range(80)
+    ]
+    assert dropped == sorted(dropped)
 
 
 def _without(parts, left_out):
