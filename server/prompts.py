@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,10 +15,8 @@ from rectokens.prompt_embeds import (
 )
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part, PromptTooLongError, TextPart
 from server.errors import ErrorKind, ServiceError, invalid
+from server.queries import EmbedsPrompt, RecommendQuery, TokenPrompt
 from server.release import Release
-
-if TYPE_CHECKING:
-    from server.recommender import EmbedsPrompt, RecommendQuery, TokenPrompt
 
 _UNKNOWN_SHOWN = 5
 

@@ -11,117 +11,28 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rectokens.catalog.catalog import Catalog
-from rectokens.prompts.parts import BuiltPrompt, TextPart
-from rectokens.schemas.search import Normalization, SearchRequest, SearchResult
+from rectokens.prompts.parts import BuiltPrompt
+from rectokens.schemas.search import SearchRequest, SearchResult
 from server.batching.batcher import Batcher
 from server.batching.interfaces import Answer
 from server.errors import ErrorKind, ServiceError, invalid
 from server.prompts import embeds_of, history_prompt, tokens_prompt, unknown_items
+from server.queries import EmbedsPrompt, RecommendQuery
 from server.release import Release
 
 T = TypeVar("T")
 
-# A query with at most this much in it is prepared on the event loop: that takes a millisecond at
-# most, and the engine has one thread less to share the interpreter with.
-_QUICK_IDS = 256
-_QUICK_CHARS = 2_000
 # Metadata is looked up row by row.
 _QUICK_ROWS = 64
 # Seeds the server draws stay exact in a client's float64.
 _DRAWN_SEED_BITS = 53
 _NO_TOKENS = BuiltPrompt((), items_used=0, items_truncated=0)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPrompt:
-    """A whole prompt as token ids, start token at its end."""
-
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedsPrompt:
-    """A whole prompt as input embeddings, still as a stranger sent them.
-
-    Attributes:
-        data: see ``rectokens.prompt_embeds``.
-        max_tokens: most tokens it may hold.
-        max_bytes: most bytes it may have, after base64.
-    """
-
-    data: str
-    max_tokens: int
-    max_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class RecommendQuery:
-    """What a caller wants, defaults filled in and limits checked.
-
-    Attributes:
-        parts: the history, oldest first, items by the caller's ids; empty for the model's start
-            prompt.
-        parts_param: name of the request field it came from, for error messages.
-        top_k: items wanted, at most ``beam_width``.
-        beam_width: W.
-        temperature: 0 is beam search.
-        seed: of the sample; None lets the server draw one.
-        exclude_history: keep the known items of ``parts`` out of the answer.
-        exclude_items: item ids to keep out.
-        allow_items: only these item ids are returned; None for no such list.
-        constraint_sets: names; only items in all of them are returned. Empty for no constraint.
-        normalization: see ``SearchRequest``.
-        with_metadata: tell each item's metadata.
-        with_level_scores: tell each item's score by level.
-        deadline_s: monotonic time after which the answer is not wanted.
-        prompt: the whole prompt, ready; instead of ``parts``, which are then empty.
-        refuse_unknown_items: an item of ``parts`` that the catalog does not know is an error.
-        cut_long_prompt: leave the oldest items out where the prompt is longer than the model
-            takes; False makes that an error.
-    """
-
-    parts: tuple[str | TextPart, ...]
-    parts_param: str
-    top_k: int
-    beam_width: int
-    temperature: float
-    seed: int | None
-    exclude_history: bool
-    exclude_items: tuple[str, ...]
-    constraint_sets: tuple[str, ...]
-    normalization: Normalization
-    with_metadata: bool
-    with_level_scores: bool
-    deadline_s: float
-    prompt: TokenPrompt | EmbedsPrompt | None = None
-    refuse_unknown_items: bool = False
-    allow_items: tuple[str, ...] | None = None
-    cut_long_prompt: bool = True
-
-    @property
-    def item_ids(self) -> Sequence[str]:
-        """The items of the history, oldest first."""
-        if TextPart not in set(map(type, self.parts)):
-            return cast("tuple[str, ...]", self.parts)
-        return [part for part in self.parts if isinstance(part, str)]
-
-    @property
-    def is_quick(self) -> bool:
-        """Whether turning it into a prompt takes a millisecond at most."""
-        return (
-            not isinstance(self.prompt, EmbedsPrompt)
-            # The first use of an intersection counts through the whole catalog.
-            and len(self.constraint_sets) == 0
-            and len(self.parts) + len(self.exclude_items) + len(self.allow_items or ())
-            <= _QUICK_IDS
-            and sum(len(p.text) for p in self.parts if isinstance(p, TextPart)) <= _QUICK_CHARS
-        )
 
 
 @dataclass(frozen=True, slots=True)

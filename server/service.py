@@ -17,7 +17,8 @@ from server.batching.policy import BatchLimits
 from server.bulk import BulkLane
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 from server.metrics import Metrics
-from server.recommender import Recommendation, Recommender, RecommendQuery
+from server.queries import RecommendQuery
+from server.recommender import Recommendation, Recommender
 from server.rehearsal.sample import RecentQueries
 from server.release import Release, ReleaseError, ReleaseLoader, start_request
 from server.retired import RetiredReleases

@@ -27,12 +27,8 @@ from server.api.sse import DONE, EventStream, event
 from server.api.strict_json import StrictJsonRoute
 from server.errors import ErrorKind, ServiceError, invalid
 from server.item_text import item_text
-from server.recommender import (
-    EmbedsPrompt,
-    Recommendation,
-    RecommendQuery,
-    TokenPrompt,
-)
+from server.queries import EmbedsPrompt, RecommendQuery, TokenPrompt
+from server.recommender import Recommendation
 from server.release import Release
 from server.settings import Settings
 from server.settings_serving import LimitSettings

@@ -9,7 +9,7 @@ from rectokens.prompts.parts import TextPart
 from server.api.schemas import MIN_TEMPERATURE, ItemInput, RecommendRequest, TextInput
 from server.api.score_schemas import ScoreRequest
 from server.errors import ServiceError, invalid
-from server.recommender import RecommendQuery
+from server.queries import RecommendQuery
 from server.settings import Settings
 from server.settings_serving import LimitSettings, LongPrompt, NormalizationName
 

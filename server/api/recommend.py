@@ -17,7 +17,8 @@ from server.api.schemas import RecommendRequest, RecommendResponse
 from server.api.strict_json import StrictJsonRoute
 from server.batching.interfaces import Answer
 from server.errors import ErrorKind
-from server.recommender import Recommendation, RecommendQuery
+from server.queries import RecommendQuery
+from server.recommender import Recommendation
 
 router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
 

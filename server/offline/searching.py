@@ -16,7 +16,8 @@ from server.batching.policy import BatchLimits, Waiting, form_batch
 from server.engine.types import EngineBrokenError, EngineFault
 from server.errors import ErrorKind, ServiceError
 from server.offline.users import User
-from server.recommender import Item, PreparedSearch, RecommendQuery, prepare, present
+from server.queries import RecommendQuery
+from server.recommender import Item, PreparedSearch, prepare, present
 from server.release import Release
 from server.settings_serving import DefaultSettings
 

@@ -18,7 +18,7 @@ from server.api.limits import to_query
 from server.api.schemas import RecommendRequest
 from server.catalogs import ReleaseFollower
 from server.errors import ServiceError
-from server.recommender import RecommendQuery
+from server.queries import RecommendQuery
 from server.rehearsal.board import RehearsalBoard
 from server.rehearsal.gate import Thresholds, objections
 from server.rehearsal.replay import Replayed, compare, replay

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, quantiles
 
 from server.errors import ErrorKind, ServiceError
-from server.recommender import Recommendation, RecommendQuery
+from server.queries import RecommendQuery
+from server.recommender import Recommendation
 from server.rehearsal.types import Latency, ReplayReport
 
 # Callers come first: a replay that finds the queue full steps back for so long.

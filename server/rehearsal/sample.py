@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rectokens.prompts.parts import TextPart
-from server.recommender import RecommendQuery
+from server.queries import RecommendQuery
 
 # Of one kept request: item ids in its history and its filters.
 _MAX_IDS = 2_000

@@ -16,7 +16,8 @@ import pytest
 
 from rectokens.schemas.search import NORMALIZATIONS, SearchRequest, SearchResult
 from server.engine.pool_setup import PoolOptions
-from server.recommender import RecommendQuery, prepare
+from server.queries import RecommendQuery
+from server.recommender import prepare
 from server.release import Release
 
 REQUESTS = int(os.environ.get("RANDOM_REQUESTS", "250"))

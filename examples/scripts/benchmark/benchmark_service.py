@@ -49,7 +49,8 @@ from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape, make_random_release
 from rectokens.schemas.search import SearchResult
 from server.demo.running import running_server
-from server.recommender import RecommendQuery, prepare, present
+from server.queries import RecommendQuery
+from server.recommender import prepare, present
 from server.release import Release, load_release
 from server.settings import Settings, load_settings
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rectokens.prompts.parts import TextPart
 from server.errors import ErrorKind, ServiceError
-from server.recommender import RecommendQuery, TextPart
+from server.queries import RecommendQuery
 from server.rehearsal.gate import Thresholds, objections
 from server.rehearsal.replay import Replayed, compare, overlap, replay
 from server.rehearsal.sample import RecentQueries
