@@ -13,20 +13,20 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from server.batching.attempts import run_batch
+from server.batching.attempts import begin_batch, run_batch
 from server.batching.cost import BatchShape, CostEstimate
 from server.batching.interfaces import Answer, BatchObserver, Searchable
 from server.batching.policy import BatchLimits, Decision, Waiting, form_batch
 from server.batching.prefetch import Ahead, Prefetcher
 from server.batching.throughput import Throughput
 from server.batching.waiting_room import Place, WaitingRoom, Work
-from server.engine.types import BatchOutcome, EngineFault
+from server.engine.types import BatchOutcome, EngineFault, RunningBatch
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 
 if TYPE_CHECKING:
@@ -62,6 +62,38 @@ class QueueLimits:
     max_beam_rows: int
 
 
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """A batch that the engine has, or is about to have.
+
+    Attributes:
+        places: of it.
+        prepared: by the engine for exactly these; None if it has yet to be.
+        running: what the engine has begun, None where it runs batches whole.
+        started_s: when the engine turned to it.
+        waits: seconds that each place waited in the queue until then, by key.
+    """
+
+    places: list[Place]
+    prepared: Any = None
+    running: RunningBatch | None = None
+    started_s: float = 0.0
+    waits: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def beam_rows(self) -> int:
+        """Of all its requests."""
+        return sum(place.beam_rows for place in self.places)
+
+    @property
+    def shape(self) -> BatchShape:
+        """What its time depends on."""
+        shape = BatchShape()
+        for place in self.places:
+            shape = shape.with_request(place.work.waiting.prompt_tokens, place.beam_rows)
+        return shape
+
+
 class Batcher:
     """Queues requests and runs them in batches on one engine thread.
 
@@ -94,8 +126,7 @@ class Batcher:
         self._changed = threading.Condition(self._lock)
         self._room = WaitingRoom()
         self._prefetcher = Prefetcher(self._lock, self._room, self._decide)
-        self._running: list[Place] = []
-        self._running_rows = 0
+        self._running: list[_Batch] = []  # at most two: one that was begun behind the other
         # When the last batch ended, if it left somebody waiting.
         self._queue_since_s: float | None = None
         self._stopping = False
@@ -123,7 +154,8 @@ class Batcher:
     @property
     def beam_rows(self) -> int:
         """Beam rows of all requests that wait or run."""
-        return self._room.held_rows + self._running_rows
+        with self._lock:
+            return self._room.held_rows + self._running_rows()
 
     def start(self) -> None:
         """Start the engine thread and the one that prepares its next batch."""
@@ -171,9 +203,9 @@ class Batcher:
                     f"{held} requests of {held_rows} beam rows are waiting "
                     f"and this one needs {beam_rows}; at most {self._queue_limits.max_requests} "
                     f"requests and {self._queue_limits.max_beam_rows} beam rows may wait",
-                    retry_after_s=self._retry_after(max(surplus, 0) + self._running_rows, now),
+                    retry_after_s=self._retry_after(max(surplus, 0) + self._running_rows(), now),
                 )
-            ahead = held_rows + self._running_rows
+            ahead = held_rows + self._running_rows()
             drained_s = self._drained_s(ahead, now)
             if drained_s is not None and now + self._latest_s(drained_s, now) >= deadline_s:
                 raise ServiceError(
@@ -230,6 +262,9 @@ class Batcher:
         if queued is not None and not queued.answer.done():
             queued.answer.cancel()
 
+    def _running_rows(self) -> int:
+        return sum(batch.beam_rows for batch in self._running)
+
     def _drained_s(self, beam_rows: int, now_s: float) -> float | None:
         """Time until so many rows are through, None where nothing is known or ahead."""
         return self._throughput.seconds_for(beam_rows, now_s) if beam_rows else None
@@ -253,20 +288,39 @@ class Batcher:
 
     def _engine_thread(self) -> None:
         try:
-            while True:
-                batch, prepared = self._next_batch()
-                if not batch:
-                    return
-                self._run_batch(batch, prepared)
-                # They would keep their release in memory until the next batch comes.
-                del batch, prepared
+            self._run_batches()
         except BaseException:
             _log.critical("engine thread died", exc_info=True)
             with self._lock:
                 self._dead = True
-                stranded = [*self._running, *self._room.clear_queue()]
+                running = [place for batch in self._running for place in batch.places]
+                stranded = [*running, *self._room.clear_queue()]
                 self._prefetcher.stop()
             self._post(partial(self._fail, stranded, ErrorKind.ENGINE_DEAD, _DEAD_MESSAGE))
+
+    def _run_batches(self) -> None:
+        """Run batches until the batcher stops.
+
+        Where the engine can, a batch is begun while the one before it is at its last part, so
+        that the device is never without work; it is chosen no earlier, so that whoever arrives
+        until then can be in it.
+        """
+        current: _Batch | None = None
+        while True:
+            following = self._next_batch(wait=current is None)
+            if current is None and following is None:
+                return
+            if following is not None:
+                self._begin(following)
+            if current is not None:
+                self._end(current)
+            if following is not None and following.running is None:
+                self._end(following)
+                following = None
+            # Whoever holds on to a batch keeps its release in memory until the next one comes.
+            current, following = following, None
+            if current is not None and current.running is not None:
+                current.running.wait_for_prompts()
 
     def _decide(self, places: Sequence[Place]) -> Decision:
         now = self._clock()
@@ -274,17 +328,23 @@ class Batcher:
             cost = self._cost.at(now)
         return form_batch([place.work.waiting for place in places], self._limits, now, cost)
 
-    def _next_batch(self) -> tuple[list[Place], Any]:
-        """The next batch, prepared or None; waits for one, empty when the batcher stops."""
+    def _next_batch(self, *, wait: bool) -> _Batch | None:
+        """The next batch; None when the batcher stops, or nobody is there.
+
+        Args:
+            wait: for somebody to come.
+        """
         while True:
             with self._lock:
                 if not self._room.queued:
+                    if not wait:
+                        return None
                     # Everybody it was made for has left; it would keep their release in memory.
                     self._prefetcher.take()
                     self._queue_since_s = None
                 self._changed.wait_for(lambda: self._room.queued or self._stopping)
                 if self._stopping:
-                    return [], None
+                    return None
                 places = self._room.snapshot()
                 ahead = self._prefetcher.take()
             decision = self._decide(places)
@@ -293,57 +353,68 @@ class Batcher:
             batch, expired = self._commit(places, decision, ahead)
             if expired:
                 self._post(partial(self._expire, expired))
-            if batch:
-                whole = ahead is not None and len(batch) == len(ahead.keys)
-                return batch, ahead.prepared if whole and ahead is not None else None
+            if batch is not None:
+                return batch
             # All of them were expired; see above.
             del places, ahead, decision, batch, expired
 
     def _commit(
         self, places: Sequence[Place], decision: Decision, ahead: Ahead | None
-    ) -> tuple[list[Place], list[Place]]:
+    ) -> tuple[_Batch | None, list[Place]]:
         """Take the batch and the expired out of the queue, but for those who just left it."""
         by_key = {place.key: place for place in places}
         run = decision.run if ahead is None else ahead.keys
         with self._lock:
-            batch = [by_key[key] for key in run if self._room.remove(by_key[key])]
+            chosen = [by_key[key] for key in run if self._room.remove(by_key[key])]
             expired = [by_key[key] for key in decision.expired if self._room.remove(by_key[key])]
-            self._running = batch
-            self._running_rows = sum(place.beam_rows for place in batch)
-            if batch:
-                self._prefetcher.batch_started()
+            if not chosen:
+                return None, expired
+            whole = ahead is not None and len(chosen) == len(ahead.keys)
+            batch = _Batch(chosen, ahead.prepared if whole and ahead is not None else None)
+            self._running.append(batch)
+            self._prefetcher.batch_started()
         return batch, expired
 
-    def _run_batch(self, batch: list[Place], prepared: Any) -> None:
-        started = self._clock()
-        waits = {place.key: started - place.work.queued_s for place in batch}
-        self._observer.batch_started(len(batch), self._running_rows, list(waits.values()))
+    def _begin(self, batch: _Batch) -> None:
+        """Begin the batch that was chosen last, behind the one that runs."""
+        if len(self._running) == 1:
+            self._is_on(batch)
+        batch.prepared, batch.running = begin_batch(batch.places, batch.prepared)
 
+    def _is_on(self, batch: _Batch) -> None:
+        """The engine works at a batch from now on; until then its requests were waiting."""
+        batch.started_s = self._clock()
+        batch.waits = {p.key: batch.started_s - p.work.queued_s for p in batch.places}
+        self._observer.batch_started(len(batch.places), batch.beam_rows, list(batch.waits.values()))
+
+    def _end(self, batch: _Batch) -> None:
+        """Wait for a batch that was begun, or run it, and hand its answers out."""
         complete = True
 
         def deliver(part: Sequence[Place], outcome: BatchOutcome) -> None:
             nonlocal complete
             # Asked before its answer may have reached anybody: after that, nobody waits.
             complete = complete and all(place.is_wanted for place in part)
-            self._post(partial(_deliver, part, waits, outcome))
+            self._post(partial(_deliver, part, batch.waits, outcome))
 
         def is_live(place: Place) -> bool:
             return place.is_wanted and place.deadline_s > self._clock()
 
-        whole = run_batch(batch, prepared, deliver, self._observer, is_live)
+        prepared, batch.prepared = batch.prepared, None
+        running, batch.running = batch.running, None
+        whole = run_batch(batch.places, prepared, deliver, self._observer, is_live, running)
         with self._lock:
             now = self._clock()
             if whole and complete:
-                shape = BatchShape()
-                for place in batch:
-                    shape = shape.with_request(place.work.waiting.prompt_tokens, place.beam_rows)
-                self._cost.record(shape, now - started, now)
+                self._cost.record(batch.shape, now - batch.started_s, now)
+            self._running.remove(batch)
             # Whoever waits behind a batch waits however it ends, and for what lies between two.
-            begun = started if self._queue_since_s is None else self._queue_since_s
-            full = self._room.queued > 0
-            self._throughput.record(self._running_rows, now - begun, now, full=full)
+            begun = batch.started_s if self._queue_since_s is None else self._queue_since_s
+            full = self._room.queued > 0 or bool(self._running)
+            self._throughput.record(batch.beam_rows, now - begun, now, full=full)
             self._queue_since_s = now if full else None
-            self._running, self._running_rows = [], 0
+        if self._running:
+            self._is_on(self._running[0])
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from server.batching.cost import BatchCost, BatchShape
 
+# A batch that takes so long grows no more once company saves no more than so small a part of it:
+# its answers would come later, and all at once, for nothing.
+_LONG_S, _LITTLE = 0.06, 0.06
+_ROUNDING = 1e-12  # relative
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -75,7 +80,8 @@ def form_batch(
     where the cost of batches is known, if
 
     - running it together costs no more than running it by itself: a long or wide request would
-      otherwise pad everybody else to its size, and
+      otherwise pad everybody else to its size,
+    - the batch is short as yet, or company still saves a good part of it, and
     - the batch still ends before the deadline of everybody in it.
 
     So a narrow request may pass a wide one that does not fit, but every batch takes the head: a
@@ -137,9 +143,15 @@ class _Batch:
                 self.full = True
                 return False
             if self._cost is not None:
-                together_s = self._cost.seconds(shape)
-                apart_s = self._cost.seconds(self._shape) + _alone_s(request, self._cost)
-                if together_s > apart_s or self._now_s + together_s > first_deadline_s:
+                so_far_s, together_s = self._cost.seconds(self._shape), self._cost.seconds(shape)
+                apart_s = so_far_s + _alone_s(request, self._cost)
+                if (
+                    together_s > apart_s * (1 + _ROUNDING)
+                    or self._now_s + together_s > first_deadline_s
+                ):
+                    return False
+                if so_far_s >= _LONG_S and apart_s - together_s <= _LITTLE * so_far_s:
+                    self.full = True
                     return False
         self.keys.append(request.key)
         self._release = request.release

@@ -15,7 +15,13 @@ from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest
 from server.engine.positions import max_positions
-from server.engine.types import EngineBrokenError, EngineFault
+from server.engine.types import (
+    EngineBrokenError,
+    EngineFault,
+    HasLeft,
+    RunningBatch,
+    nobody_left,
+)
 
 LEFT = EngineFault("its caller has left")
 
@@ -55,6 +61,10 @@ class EngineBase:
     def get_ready(self, trie: CatalogTrie) -> None:
         """Make what a catalog needs before it is searched; see ``SearchEngine``."""
         self._check_trie(trie)
+
+    def begin(self, prepared: Any, has_left: HasLeft = nobody_left) -> RunningBatch | None:
+        """Batches are run whole; see ``SearchEngine``."""
+        return None
 
     def _check_trie(self, trie: CatalogTrie) -> None:
         """Raise ValueError if the trie does not fit the model."""

@@ -76,11 +76,23 @@ def nobody_left(row: int) -> bool:
     return False
 
 
+class RunningBatch(Protocol):
+    """A batch that an engine has begun."""
+
+    def wait_for_prompts(self) -> None:
+        """Wait until its prompts are computed and the rest is under way; raises nothing."""
+        ...
+
+    def finish(self) -> BatchOutcome:
+        """Its answers; waits for them, and raises what :meth:`SearchEngine.run` does."""
+        ...
+
+
 class SearchEngine(Protocol):
     """A loaded model that searches a catalog.
 
-    ``run`` and ``search`` are used by one thread at a time; ``prepare`` may be called by another
-    one meanwhile.
+    ``run``, ``begin`` and ``search`` are used by one thread at a time, which is the one that
+    finishes what it began; ``prepare`` may be called by another one meanwhile.
     """
 
     @property
@@ -126,6 +138,14 @@ class SearchEngine(Protocol):
 
         Requests whose caller leaves are dropped at the next level where that is possible; their
         result is any.
+        """
+        ...
+
+    def begin(self, prepared: Any, has_left: HasLeft = nobody_left) -> RunningBatch | None:
+        """Start a batch without waiting for it, so that another may be begun behind it.
+
+        Arguments as of :meth:`run`. None, with nothing done, where an engine cannot, or where
+        beginning would take about as long as running.
         """
         ...
 

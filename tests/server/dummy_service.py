@@ -30,6 +30,7 @@ from server.engine.types import (
     EngineFault,
     HasLeft,
     PrefixCacheStats,
+    RunningBatch,
     nobody_left,
 )
 from server.release import Release
@@ -105,6 +106,9 @@ class DummyEngine:
             for r in requests
         ]
         return BatchOutcome(tuple(results), prefill_s=0.001, decode_s=0.002)
+
+    def begin(self, prepared: DummyBatch, has_left: HasLeft = nobody_left) -> RunningBatch | None:
+        return None
 
     def wait_for_prepared(self, requests: Sequence[SearchRequest]) -> None:
         """Block until exactly that batch has been prepared ahead."""

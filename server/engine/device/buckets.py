@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _LOOSE_STEP = 256  # widths that are not captured are rounded up to multiples of this
+# What a search costs beside its beams, in beam rows: weights are read for every step, which takes
+# as long as computing some hundred rows with them.
+_SEARCH_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,31 @@ def group_requests(widths: Sequence[int], buckets: Buckets, max_width: int) -> l
         narrower = max((w for w in buckets.beam_widths if w < widest), default=0)
         alike = sum(widths[place] > narrower for place in order[first:])
         wanted = min(alike, fitting[-1])
-        batch = next(n for n in fitting if n >= wanted) if captured else wanted
+        batch = _first_of(wanted, width, tuple(fitting)) if captured else wanted
         members = tuple(order[first : first + batch])
         groups.append(Group(members, batch, width, captured))
         first += len(members)
     return groups
+
+
+def _first_of(wanted: int, width: int, sizes: tuple[int, ...]) -> int:
+    """Requests of the first of the searches that together cost least for so many.
+
+    Args:
+        wanted: requests, at most the largest size.
+        width: W of each.
+        sizes: ascending.
+    """
+    cost, first = [0], [0]
+    for count in range(1, wanted + 1):
+        whole = next(size for size in sizes if size >= count)
+        options = [(whole * width + _SEARCH_ROWS, whole)]
+        options += [
+            (size * width + _SEARCH_ROWS + cost[count - size], size)
+            for size in reversed(sizes)
+            if size < count
+        ]
+        least, size = min(options, key=lambda option: option[0])
+        cost.append(least)
+        first.append(size)
+    return first[wanted]

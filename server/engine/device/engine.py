@@ -5,26 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from rectokens.decoding.device_beams import SearchAnswers, unpack_answers
 from rectokens.decoding.device_tables import MAX_WIDTH
 from rectokens.schemas.catalog_trie import CatalogTrie
-from rectokens.schemas.search import SearchHit, SearchRequest, SearchResult, Shortfall
+from rectokens.schemas.search import SearchRequest
 from server.engine.base import LEFT, EngineBase
+from server.engine.device.answers import collect_answers
+from server.engine.device.batch import DeviceBatch, is_filtered, slice_of, tokens_of, width_fault
 from server.engine.device.buckets import Buckets, group_requests
 from server.engine.device.model import DeviceModel
 from server.engine.device.prompt_passes import DEFAULT_ROWS, PromptPasses
-from server.engine.device.prompt_rows import PromptSlice
+from server.engine.device.run import DeviceRun, Part
 from server.engine.device.searches import Searches
 from server.engine.device.timer import Timer
 from server.engine.kv_pool import pages_for
@@ -34,7 +33,6 @@ from server.engine.types import BatchOutcome, EngineFault, HasLeft, PrefixCacheS
 
 logger = logging.getLogger(__name__)
 
-Answer = SearchResult | EngineFault
 _TABLE_STEP = 16  # page tables are as wide as a multiple of this
 _MAX_PROMPTS = 32  # of a captured pass
 
@@ -54,27 +52,6 @@ class DeviceOptions:
     prompt_rows: tuple[int, ...] = DEFAULT_ROWS
     capture: bool = True
     fp8: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceBatch:
-    """A batch before its turn.
-
-    Attributes:
-        requests: the sound ones, their filters on the device.
-        rows: place of each in the batch.
-        faults: one a request of the batch, None for the sound ones.
-        trie: the catalog.
-        num_items: N of it.
-        tokens: int64 (T,) a sound request; zeros where its prompt is embeddings.
-    """
-
-    requests: tuple[SearchRequest, ...]
-    rows: tuple[int, ...]
-    faults: tuple[EngineFault | None, ...]
-    trie: CatalogTrie
-    num_items: int
-    tokens: tuple[NDArray[np.int64], ...]
 
 
 class DeviceEngine(EngineBase):
@@ -111,7 +88,9 @@ class DeviceEngine(EngineBase):
             device_model, options.prompt_rows, _MAX_PROMPTS, pages, capture=capture
         )
         self._passes.capture()
+        self._captures = capture and self.device.type == "cuda"
         self._lock = threading.Lock()
+        self._unsettled: list[DeviceRun] = []
         # Made beside the searches in use, for a catalog (its row_ptrs) that outgrew them.
         self._made: tuple[Tensor, Searches] | None = None
         self._sizes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -156,15 +135,15 @@ class DeviceEngine(EngineBase):
             ValueError: a trie that does not fit the model, or a filter of another catalog.
         """
         self._check_trie(trie)
-        tokens = [_tokens_of(request) for request in requests]
+        tokens = [tokens_of(request) for request in requests]
         faults = tuple(
-            self._prompt_fault(request, own) or _width_fault(request.beam_width)
+            self._prompt_fault(request, own) or width_fault(request.beam_width)
             for request, own in zip(requests, tokens, strict=True)
         )
         rows = tuple(row for row, fault in enumerate(faults) if fault is None)
         sound = tuple(requests[row] for row in rows)
         known = self._known_size(trie)
-        if known is None or any(map(_is_filtered, sound)):
+        if known is None or any(map(is_filtered, sound)):
             with self._copying():
                 num_items = self._num_items(trie)
                 sound = tuple(self._with_filters_here(request, num_items) for request in sound)
@@ -196,67 +175,99 @@ class DeviceEngine(EngineBase):
         Raises:
             EngineBrokenError: the device does not work any more.
         """
-        results: list[Answer | None] = list(prepared.faults)
-        cached = [0] * len(results)
-        seconds = [0.0, 0.0]
+        return self.start(prepared, has_left).finish()
+
+    def begin(self, prepared: DeviceBatch, has_left: HasLeft = nobody_left) -> DeviceRun | None:
+        """Enqueue a batch, if that is a few calls; None where it takes as long as running it."""
+        return self.start(prepared, has_left) if self._captures else None
+
+    def start(self, prepared: DeviceBatch, has_left: HasLeft = nobody_left) -> DeviceRun:
+        """Enqueue a batch; arguments and errors as of :meth:`run`.
+
+        Others that were started may be unfinished. They are settled first where they hold pages
+        that this one needs, or search another catalog.
+        """
+        run = DeviceRun(prepared.faults, self._ended)
         wanted = []
         for place, row in enumerate(prepared.rows):
             if has_left(row):
-                results[row] = LEFT
+                run.results[row] = LEFT
             else:
                 wanted.append(place)
         lengths = [prepared.requests[place].prompt_length for place in wanted]
         pool = self._model.pool
         try:
             with self._lock, torch.inference_mode():
+                if not self._searches.searches(prepared.trie):
+                    self._settle()
                 for part in split_by_pages(lengths, pool.page_size, pool.num_pages):
-                    places = [wanted[index] for index in part]
-                    answers, tokens, times = self._run(prepared, places)
-                    for place, answer, count in zip(places, answers, tokens, strict=True):
-                        row = prepared.rows[place]
-                        results[row], cached[row] = answer, count
-                    seconds = [a + b for a, b in zip(seconds, times, strict=True)]
-        except torch.AcceleratorError as error:
-            self._require_device(error)
+                    self._start_part(prepared, [wanted[index] for index in part], run)
+        except Exception as error:
+            run.abandon()
+            self._fail(error)
             raise
-        return BatchOutcome(
-            tuple(r for r in results if r is not None), seconds[0], seconds[1], tuple(cached)
-        )
+        self._unsettled.append(run)
+        return run
 
-    def _run(
-        self, batch: DeviceBatch, places: Sequence[int]
-    ) -> tuple[list[Answer], list[int], tuple[float, float]]:
-        """Answers, cached tokens and seconds of requests whose prompts fit the pool together."""
+    def _start_part(self, batch: DeviceBatch, places: Sequence[int], run: DeviceRun) -> None:
+        """Enqueue requests whose prompts fit the pool together."""
         requests = [batch.requests[place] for place in places]
+        rows = [batch.rows[place] for place in places]
         prompts: list[Any] = [
             batch.tokens[place] if r.prompt_embeds is None else r.prompt_embeds
             for r, place in zip(requests, places, strict=True)
         ]
-        try:
-            leases = PromptLeases(self._cache, prompts, whole=True)
-        except OutOfPagesError as why:
-            return [EngineFault(str(why))] * len(requests), [0] * len(requests), (0.0, 0.0)
+        leases = self._lease(prompts, run)
+        if isinstance(leases, EngineFault):
+            for row in rows:
+                run.results[row] = leases
+            return
         try:
             self._use(batch.trie)
             timer = Timer(self.device)
             hidden = self._passes(
                 [
-                    _slice_of(request, batch.tokens[place], lease.cached_tokens, lease.pages)
+                    slice_of(request, batch.tokens[place], lease.cached_tokens, lease.pages)
                     for request, place, lease in zip(requests, places, leases.leases, strict=True)
                 ]
             )
             timer.mark()
             waiting = self._enqueue(requests, batch, leases, hidden)
             timer.mark()
-            prefill_s, decode_s = timer.wait()
-            answers = _collect(requests, waiting, batch.num_items)
-            leases.commit([isinstance(answer, SearchResult) for answer in answers])
-            return answers, leases.cached_tokens, (prefill_s, decode_s)
-        except Exception:
-            self._searches.forget()
-            raise
-        finally:
+        except BaseException:
             leases.close()
+            raise
+        read = partial(collect_answers, requests, waiting, batch.num_items)
+        run.parts.append(Part(rows, leases, timer, read))
+
+    def _lease(self, prompts: Sequence[Any], run: DeviceRun) -> PromptLeases | EngineFault:
+        """Pages for some prompts; if need be, those of what is still running."""
+        try:
+            return PromptLeases(self._cache, prompts, whole=True)
+        except OutOfPagesError:
+            self._settle()
+            run.settle()
+        try:
+            return PromptLeases(self._cache, prompts, whole=True)
+        except OutOfPagesError as why:
+            return EngineFault(str(why))
+
+    def _settle(self) -> None:
+        """Wait for all that was started."""
+        for run in self._unsettled:
+            run.settle()
+
+    def _ended(self, run: DeviceRun, error: Exception | None) -> None:
+        if run in self._unsettled:
+            self._unsettled.remove(run)
+        if error is not None:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Raise EngineBrokenError if no later call survives the error."""
+        self._searches.forget()
+        if isinstance(error, torch.AcceleratorError):
+            self._require_device(error)
 
     def _use(self, trie: CatalogTrie) -> None:
         """Search ``trie`` from now on, with what was made for it if there is such."""
@@ -329,78 +340,3 @@ class DeviceEngine(EngineBase):
                 marks[1:] *= prefix.diff()
             prefix = marks.cumsum(0, dtype=torch.int32)
         return replace(request, allowed_prefix=prefix, allowed_items=None)
-
-
-def _is_filtered(request: SearchRequest) -> bool:
-    """Whether something of a request must be copied to the device before its turn."""
-    return request.allowed_prefix is not None or request.allowed_items is not None
-
-
-def _width_fault(beam_width: int) -> EngineFault | None:
-    if beam_width <= MAX_WIDTH:
-        return None
-    return EngineFault(f"beam_width is {beam_width}; searches on a GPU take up to {MAX_WIDTH}")
-
-
-def _tokens_of(request: SearchRequest) -> NDArray[np.int64] | None:
-    """The token ids of a prompt, read once; None for embeddings, and for ids beyond 64 bits."""
-    if request.prompt_embeds is not None:
-        return None
-    try:
-        return np.frombuffer(array("q", request.prompt), dtype=np.int64)
-    except OverflowError:
-        return None
-
-
-def _slice_of(
-    request: SearchRequest, tokens: NDArray[np.int64], cached: int, pages: Sequence[int]
-) -> PromptSlice:
-    embeds = request.prompt_embeds
-    return PromptSlice(
-        tokens=tokens[cached:].astype(np.int32),
-        start=cached,
-        pages=np.asarray(pages, dtype=np.int32),
-        is_end=True,
-        embeds=None if embeds is None else embeds[cached:],
-    )
-
-
-def _collect(
-    requests: Sequence[SearchRequest],
-    waiting: Sequence[tuple[tuple[int, ...], Tensor, Any]],
-    num_items: int,
-) -> list[Answer]:
-    answers: list[Answer] = [LEFT] * len(requests)
-    for members, host, shapes in waiting:
-        found = unpack_answers(host, shapes)
-        for row, place in enumerate(members):
-            answers[place] = _answer(requests[place], found, row, num_items)
-    return answers
-
-
-# What ``SearchHit._make`` does, without a call of Python a hit.
-_hit = partial(tuple.__new__, SearchHit)
-
-
-def _rows_of(table: Tensor, slots: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
-    """Rows ``slots`` of a table (W, L) on the host, as tuples."""
-    return zip(*table.numpy()[slots].T.tolist(), strict=True)
-
-
-def _answer(request: SearchRequest, found: SearchAnswers, row: int, num_items: int) -> Answer:
-    if int(found.poisoned[row]):
-        return EngineFault("the model returned NaN or infinite logits")
-    count = min(int(found.item_count[row]), request.top_k)
-    slots = found.leaves[row, :count].numpy()
-    figures = zip(
-        found.items[row, :count].tolist(),
-        _rows_of(found.codes[row], slots),
-        found.scores[row].numpy()[slots].tolist(),
-        _rows_of(found.code_scores[row], slots),
-        strict=True,
-    )
-    hits = tuple(map(_hit, figures))
-    if count == request.top_k:
-        return SearchResult(hits)
-    reason = "catalog_exhausted" if num_items < request.top_k else "filters"
-    return SearchResult(hits, Shortfall(reason, count))  # type: ignore[arg-type]

@@ -1,4 +1,8 @@
-"""Passes over prompts: captured for few rows, where launching costs more than computing."""
+"""Passes over prompts: captured, so that launching one is a single call.
+
+A pass is some three hundred kernels. Launched one by one they are slower than the device where
+rows are few, and wherever other threads want the interpreter, which every launch gives up.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,25 @@ from torch import Tensor
 
 from server.engine.device.graphs import CapturedCall, CaptureError
 from server.engine.device.model import DeviceModel
-from server.engine.device.prompt_rows import Capacity, PromptBlock, PromptSlice
+from server.engine.device.prompt_rows import (
+    Capacity,
+    PromptBlock,
+    PromptSlice,
+    cut_into_passes,
+)
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ROWS = (64, 128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
+# Steps of about an eighth: what fills a pass up is computed too. Beyond the last but one, rows are
+# shared out among passes of the last.
+DEFAULT_ROWS = (
+    *(64, 128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048),
+    *(2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096, 8192),
+)
 
 
 class PromptPasses:
-    """Runs prompts, by a captured pass where one fits.
+    """Runs prompts, by captured passes.
 
     Args:
         model: what computes them.
@@ -62,14 +76,45 @@ class PromptPasses:
 
     def __call__(self, slices: Sequence[PromptSlice]) -> Tensor:
         """Compute prompts; see :meth:`DeviceModel.run_prompts`."""
-        rows = sum(piece.count for piece in slices)
-        bucket = next((size for size in sorted(self._ready) if size >= rows), None)
-        if (
-            bucket is None
-            or len(slices) > self._requests
-            or any(piece.embeds is not None for piece in slices)
-        ):
+        if not self._ready or any(piece.embeds is not None for piece in slices):
             return self._model.run_prompts(slices)
-        block, run = self._ready[bucket]
-        block.fill(slices)
-        return run()[: len(slices)]
+        passes = share_out(slices, sorted(self._ready), self._requests)
+        found = []
+        for rows, part in passes:
+            block, run = self._ready[rows]
+            block.fill(part)
+            ends = run()[: sum(piece.is_end for piece in part)]
+            # The next pass may use the same memory.
+            found.append(ends if len(passes) == 1 else ends.clone())
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def share_out(
+    slices: Sequence[PromptSlice], sizes: Sequence[int], max_prompts: int
+) -> list[tuple[int, list[PromptSlice]]]:
+    """Passes for some prompts: full ones of the largest size, then what holds the rest.
+
+    Args:
+        slices: of the prompts, in order.
+        sizes: rows of the passes that there are, ascending.
+        max_prompts: of a pass.
+
+    Returns:
+        Size and slices of each pass.
+    """
+    passes = []
+    for part in cut_into_passes(slices, sizes[-1], max_prompts):
+        whole = [_fitting(part, sizes)]
+        # The last step is a large one: two passes may be fewer rows than one.
+        divided = [
+            _fitting(half, sizes)
+            for half in cut_into_passes(part, sizes[max(len(sizes) - 2, 0)], max_prompts)
+        ]
+        fewer = sum(rows for rows, _ in divided) < whole[0][0]
+        passes += divided if len(divided) == 2 and fewer else whole
+    return passes
+
+
+def _fitting(part: list[PromptSlice], sizes: Sequence[int]) -> tuple[int, list[PromptSlice]]:
+    rows = sum(piece.count for piece in part)
+    return next(size for size in sizes if size >= rows), part

@@ -58,17 +58,24 @@ class PromptSlice:
         return self.start + len(self.tokens)
 
 
-def cut_into_passes(slices: Sequence[PromptSlice], max_rows: int) -> list[list[PromptSlice]]:
+def cut_into_passes(
+    slices: Sequence[PromptSlice], max_rows: int, max_prompts: int | None = None
+) -> list[list[PromptSlice]]:
     """Share out prompts among passes of at most ``max_rows`` rows; long ones are divided.
 
     In order: a prompt's beginning is in an earlier pass than its end, or in the same.
+
+    Args:
+        slices: of the prompts.
+        max_rows: of a pass.
+        max_prompts: of a pass; None for any number.
     """
     passes: list[list[PromptSlice]] = [[]]
     room = max_rows
     for piece in slices:
         done = 0
         while done < piece.count:
-            if room == 0:
+            if room == 0 or len(passes[-1]) == max_prompts:
                 passes.append([])
                 room = max_rows
             taken = min(room, piece.count - done)

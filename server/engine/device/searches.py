@@ -56,12 +56,16 @@ class Searches:
             self._stream = torch.cuda.Stream(model.device)
             self._memory = torch.cuda.graph_pool_handle()
 
+    def searches(self, trie: CatalogTrie) -> bool:
+        """Whether ``trie`` is the one in use."""
+        return self._trie is not None and self._trie() is trie.row_ptrs
+
     def use(self, trie: CatalogTrie) -> None:
         """Search ``trie`` from now on. The first time captures the searches, which takes seconds.
 
         Waits for the device where the trie is another than before.
         """
-        if self._trie is not None and self._trie() is trie.row_ptrs:
+        if self.searches(trie):
             return
         self._loose.clear()
         for width in self._buckets.beam_widths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -25,6 +26,13 @@ class Timer:
             self._events.append(event)
         else:
             self._times.append(time.perf_counter())
+
+    def wait_for(self, mark: int) -> None:
+        """Wait until the device gets to a mark, by number; raises nothing."""
+        if self._is_cuda:
+            # What failed is told by whoever reads the results.
+            with contextlib.suppress(RuntimeError):
+                self._events[mark].synchronize()
 
     def wait(self) -> tuple[float, ...]:
         """Wait for the device; seconds between neighbouring marks."""

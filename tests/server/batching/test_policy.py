@@ -195,6 +195,24 @@ def test_a_wide_beam_does_not_pad_the_narrow_ones():
     assert not decision.full
 
 
+def test_a_long_batch_grows_while_that_saves_something():
+    roomy = BatchLimits(100, 100_000, 100_000)
+    queue = [waiting(i) for i in range(40)]
+    # 8 ms each; 2 ms a batch, then 20.
+    cost = BatchCost(fixed_s=0.002, token_s=0.0008, padded_token_s=0.0, row_s=0.0)
+    decision = form_batch(queue, roomy, 0.0, cost)
+    assert decision.run == tuple(range(8))
+    assert decision.full
+    decision = form_batch(queue, roomy, 0.0, replace(cost, fixed_s=0.02))
+    assert decision.run == tuple(range(40))
+    # Short ones cost nobody time.
+    quick = BatchCost(fixed_s=0.0, token_s=0.0001, padded_token_s=0.0, row_s=0.0)
+    assert form_batch(queue, roomy, 0.0, quick).run == tuple(range(40))
+    # One that is long by itself takes no company that would save nothing.
+    long = [waiting(0, prompt_tokens=1_000), waiting(1)]
+    assert form_batch(long, roomy, 0.0, cost).run == (0,)
+
+
 def test_who_cannot_make_it_gives_way_to_who_can():
     slow, quick = waiting(0, deadline_s=0.1), waiting(1)
     assert form_batch([slow, quick], LIMITS, 0.0, COST).expired == (0,)

@@ -89,6 +89,34 @@ def test_equals_the_reference(
         assert_same(found, reference.search(request), atol=1e-4)
 
 
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_batches_begun_behind_others_equal_the_reference(
+    data: st.DataObject, models: dict[str, Any], engines: dict[str, DeviceEngine]
+) -> None:
+    engine = engines["qwen3"]
+    catalogs = [(trie.to("cuda"), codes) for trie, codes in (random_catalog(n, 40) for n in (1, 2))]
+    begun: list[tuple[Any, list[SearchRequest], ReferenceSearch]] = []
+
+    def check(run: Any, batch: list[SearchRequest], reference: ReferenceSearch) -> None:
+        for request, found in zip(batch, run.finish().results, strict=True):
+            assert_same(found, reference.search(request), atol=1e-4)
+
+    for number in range(data.draw(st.integers(2, 6))):
+        trie, codes = catalogs[data.draw(st.integers(0, 1))]
+        batch = data.draw(st.lists(requests_of(40), min_size=1, max_size=6))
+        run = engine.begin(engine.prepare(batch, trie))
+        assert run is not None
+        begun.append((run, batch, ReferenceSearch(models["qwen3"], TOKENS, codes)))
+        if number % 2:
+            check(*begun.pop(0))
+    for one in begun:
+        one[0].wait_for_prompts()
+        check(*one)
+
+
 def test_searches_are_captured_and_survive_a_catalog_swap(
     models: dict[str, Any], engines: dict[str, DeviceEngine]
 ) -> None:
@@ -195,6 +223,20 @@ def test_a_batch_larger_than_the_pool_is_answered_in_parts(
         for found, expected in zip(small.search(batch, trie).results, wanted, strict=True):
             assert isinstance(expected, SearchResult)
             assert_same(found, expected, 1e-4)
+
+
+def test_prompts_of_many_rows_take_several_captured_passes(
+    make: Callable[..., Any], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = DeviceOptions(OPTIONS.buckets, prompt_rows=(16, 32))
+    engine = build_engine(make("qwen3").cuda(), TOKENS, POOL, options)
+    assert isinstance(engine, DeviceEngine)
+    trie, codes = random_catalog(1, 40)
+    reference = ReferenceSearch(models["qwen3"], TOKENS, codes)
+    batch = [SearchRequest(tuple(range(n % 30, n % 30 + n % 9 + 1)) * 3, 5, 5) for n in range(9)]
+    monkeypatch.setattr(type(engine._model), "run_prompts", None)  # nothing runs uncaptured
+    for request, found in zip(batch, engine.search(batch, trie.to("cuda")).results, strict=True):
+        assert_same(found, reference.search(request), 1e-4)
 
 
 def test_nan_weights_poison_only_their_request(make: Callable[..., Any]) -> None:

@@ -47,6 +47,26 @@ def test_free_places_are_given_to_narrower_requests():
     ]
 
 
+@pytest.mark.parametrize(
+    ("requests", "width", "expected"),
+    [
+        (3, 256, [4]),
+        (5, 256, [4, 1]),
+        (7, 256, [8]),
+        (9, 256, [8, 1]),
+        (12, 256, [8, 4]),
+        (32, 256, [16, 16]),
+        # Steps of few rows take as long as reading the weights.
+        (5, 64, [8]),
+        (9, 16, [16]),
+    ],
+)
+def test_few_places_stay_empty(requests: int, width: int, expected: list[int]) -> None:
+    buckets = Buckets((1, 2, 4, 8, 16, 32), (16, 64, 256), 4_096)
+    groups = group_requests([width] * requests, buckets, 8_192)
+    assert [group.batch for group in groups] == expected
+
+
 def test_what_is_wider_than_all_buckets_is_searched_uncaptured():
     assert group_requests([5_000, 8_100, 3], BUCKETS, 8_192) == [
         Group((1,), 1, 8_192, False),
