@@ -5,6 +5,7 @@
 
 from rectokens.kernels.beam_filters_triton import filters_of, items_left
 from rectokens.kernels.beam_tables_triton import (
+    UNALIGNED,
     codes_of,
     first_leaf_of,
     leaf_items_of,
@@ -14,7 +15,7 @@ from rectokens.kernels.beam_triton import NEG, finite
 from rectokens.kernels.optional_triton import tl, triton
 
 
-@triton.jit(do_not_specialize=["batch", "histogram_row"])
+@triton.jit(do_not_specialize=["batch", "histogram_row"], do_not_specialize_on_alignment=UNALIGNED)
 def begin_kernel(poisoned_ptr, counters_ptr, histogram_ptr, prefixes_ptr, exclusions_ptr,
                  exclusion_start_ptr, exclusion_end_ptr, exclusion_counts_ptr, batch,
                  histogram_row, LEVELS: tl.constexpr, COUNTERS_: tl.constexpr,
@@ -154,7 +155,9 @@ def _items(table_ptr, nodes_ptr, scores_ptr, exclusions_ptr, out_ptr, request, w
     return found
 
 
-@triton.jit(do_not_specialize=["batch", "width", "answer_row"])
+@triton.jit(
+    do_not_specialize=["batch", "width", "answer_row"], do_not_specialize_on_alignment=UNALIGNED
+)
 def finish_kernel(table_ptr, nodes_ptr, scores_ptr, ancestors_ptr, codes_ptr, code_scores_ptr,
                   poisoned_ptr, alive_ptr, prefixes_ptr, allow_list_ptr, exclusions_ptr,
                   exclusion_start_ptr, exclusion_end_ptr, exclusion_counts_ptr, answers_ptr, batch,

@@ -18,6 +18,7 @@ from rectokens.decoding.device_tables import LevelShape, TrieTable
 from rectokens.kernels import beam_ends_triton as ends
 from rectokens.kernels import beam_select_triton as select
 from rectokens.kernels import beam_triton as kernels
+from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
@@ -70,7 +71,7 @@ def begin(buffers: BeamBuffers, requests: RequestTables, settings: StepSettings 
     """As ``begin_search_``."""
     scratch = _scratch_of(buffers, settings)
     with on_device(buffers.device):
-        ends.begin_kernel[(buffers.batch,)](
+        launcher(ends.begin_kernel, (buffers.batch,))(
             buffers.poisoned, scratch.counters, scratch.histogram, requests.prefixes,
             requests.exclusions, requests.exclusion_start, requests.exclusion_end,
             requests.exclusion_counts, buffers.batch, scratch.histogram.stride(0),
@@ -105,13 +106,13 @@ def step(
                scratch, settings, copies=0 if direct else copies)  # fmt: skip
         if not direct:
             readers = min(triton.cdiv(level.pairs, settings.share), settings.readers)
-            select.pick_kernel[(readers + 1, batch)](
+            launcher(select.pick_kernel, (readers + 1, batch))(
                 scratch.keys, counters, scratch.histogram, requests.beam_width, scratch.candidates,
                 capacity, room, copies, row, **sizes, BLOCK=settings.share, **early,
                 num_warps=8)  # fmt: skip
         deeper = depth + 1
         longest = max(min(room, level.pairs), shapes.width)
-        select.rank_kernel[(triton.cdiv(longest, settings.own), batch)](
+        launcher(select.rank_kernel, (triton.cdiv(longest, settings.own), batch))(
             table.entries, scratch.keys if direct else scratch.candidates, counters,
             scratch.histogram, logits, scratch.rows, requests.beam_width, requests.temperature,
             buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
@@ -141,7 +142,7 @@ def child_logits(
     )
     block = min(512, triton.next_power_of_2(weight.shape[1]))
     with on_device(hidden.device):
-        ends.child_logits_kernel[(shapes.width, buffers.batch)](
+        launcher(ends.child_logits_kernel, (shapes.width, buffers.batch))(
             table.entries, buffers.nodes[depth], buffers.scores[depth], hidden, weight,
             weight if bias is None else bias, out, hidden.stride(0), hidden.stride(1),
             weight.stride(0), shapes.width, weight.shape[1], float(factor), float(softcap or 1.0),
@@ -156,7 +157,7 @@ def finish(table: TrieTable, buffers: BeamBuffers, requests: RequestTables) -> N
     levels, width = shapes.num_levels, shapes.width
     block = min(triton.next_power_of_2(width), 1024)
     with on_device(buffers.device):
-        ends.finish_kernel[(1 + triton.cdiv(width, block), buffers.batch)](
+        launcher(ends.finish_kernel, (1 + triton.cdiv(width, block), buffers.batch))(
             table.entries, buffers.nodes[levels], buffers.scores[levels], buffers.ancestors[levels],
             buffers.codes, buffers.code_scores, buffers.poisoned, buffers.alive[levels],
             requests.prefixes, requests.allow_list, requests.exclusions, requests.exclusion_start,
@@ -250,11 +251,11 @@ def _score(
         tiles = triton.cdiv(settings.programs * settings.waves, rows_in * batch)
         tiles = min(tiles, triton.cdiv(level.max_children, block))
         stats_block = min(max(_children_a_part(level, parts), 128), 4096)
-        kernels.stats_kernel[(rows_in, parts, batch)](
+        launcher(kernels.stats_kernel, (rows_in, parts, batch))(
             table.entries, buffers.nodes[depth], buffers.scores[depth], logits, *asked,
             buffers.poisoned, scratch.parts, *sizes, **forms, PARTS=parts, BLOCK=stats_block,
             **early, num_warps=max(1, min(16, stats_block // settings.part_warp)))  # fmt: skip
-    kernels.score_kernel[(triton.cdiv(rows_in, rows), tiles, batch)](
+    launcher(kernels.score_kernel, (triton.cdiv(rows_in, rows), tiles, batch))(
         table.entries, buffers.nodes[depth], buffers.scores[depth], buffers.log_probs[depth],
         buffers.perturbed[depth], logits, *norms, *asked, buffers.poisoned, scratch.parts,
         scratch.rows, scratch.keys, scratch.counters[depth], scratch.histogram, *sizes,

@@ -14,7 +14,7 @@ program finds the exact cut by their digits: slower, and as exact. Lists that ar
 start go to `rank_kernel` directly.
 """
 
-from rectokens.kernels.beam_tables_triton import codes_of, row_ptrs_of
+from rectokens.kernels.beam_tables_triton import UNALIGNED, codes_of, row_ptrs_of
 from rectokens.kernels.beam_triton import (
     CANDIDATES,
     CURSOR,
@@ -91,7 +91,9 @@ def _append(candidates_ptr, cursor_ptr, key, take, room):
         tl.store(candidates_ptr + out, key, mask=take & (out < room))
 
 
-@triton.jit(do_not_specialize=["capacity", "room", "copies"])
+@triton.jit(
+    do_not_specialize=["capacity", "room", "copies"], do_not_specialize_on_alignment=UNALIGNED
+)
 def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidates_ptr, capacity,
                 room, copies, histogram_row, COUNTERS_: tl.constexpr, BINS_: tl.constexpr,
                 BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
@@ -133,7 +135,9 @@ def pick_kernel(keys_ptr, counters_ptr, histogram_ptr, beam_width_ptr, candidate
             _append(candidates_ptr, counters_ptr + CANDIDATES, key, take, room)
 
 
-@triton.jit(do_not_specialize=["room", "width", "depth", "copies"])
+@triton.jit(
+    do_not_specialize=["room", "width", "depth", "copies"], do_not_specialize_on_alignment=UNALIGNED
+)
 def rank_kernel(table_ptr, candidates_ptr, counters_ptr, histogram_ptr, logits_ptr, rows_ptr,
                 beam_width_ptr, temperature_ptr, nodes_ptr, scores_ptr, log_probs_ptr,
                 ancestors_ptr, new_nodes_ptr, new_parents_ptr, new_codes_ptr, new_scores_ptr,

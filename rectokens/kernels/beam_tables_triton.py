@@ -5,6 +5,12 @@
 
 from rectokens.kernels.optional_triton import tl, triton
 
+# Where a request's values lie among those of its batch, and so their alignment, depends on the
+# batch's size. Programs read them one by one: kernels are not compiled once for each case.
+UNALIGNED = ("beam_width_ptr", "normalization_ptr", "temperature_ptr", "seed_ptr", "prefixes_ptr",
+             "allow_list_ptr", "exclusions_ptr", "exclusion_start_ptr", "exclusion_end_ptr",
+             "exclusion_counts_ptr", "poisoned_ptr", "counters_ptr", "alive_ptr")  # fmt: skip
+
 
 @triton.jit
 def row_ptrs_of(table_ptr):

@@ -14,7 +14,7 @@ program came first; nothing that is made of it does (`beam_select_triton` beside
 """
 
 from rectokens.kernels.beam_filters_triton import filters_of, not_filtered
-from rectokens.kernels.beam_tables_triton import codes_of, row_ptrs_of
+from rectokens.kernels.beam_tables_triton import UNALIGNED, codes_of, row_ptrs_of
 from rectokens.kernels.optional_triton import tl, triton
 from rectokens.kernels.selection_triton import gumbel_of_bits, node_hash_of
 
@@ -148,7 +148,10 @@ def _conditioned(noisy, largest, allowed, parent):
     return shifted.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["width_in", "width", "codebook_size"])
+@triton.jit(
+    do_not_specialize=["width_in", "width", "codebook_size"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def stats_kernel(table_ptr, nodes_ptr, scores_ptr, logits_ptr, beam_width_ptr, normalization_ptr,
                  temperature_ptr, seed_ptr, prefixes_ptr, allow_list_ptr, exclusions_ptr,
                  exclusion_start_ptr, exclusion_end_ptr, exclusion_counts_ptr, poisoned_ptr,
@@ -229,7 +232,10 @@ def _of_parts(parts_ptr, place, PARTS: tl.constexpr):
     return _log_sum(top, total), _log_sum(hot_top, hot_total), largest
 
 
-@triton.jit(do_not_specialize=["width_in", "width", "codebook_size", "capacity", "copies"])
+@triton.jit(
+    do_not_specialize=["width_in", "width", "codebook_size", "capacity", "copies"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def score_kernel(table_ptr, nodes_ptr, scores_ptr, log_probs_ptr, perturbed_ptr, logits_ptr,
                  vocab_ptr, level_ptr, beam_width_ptr, normalization_ptr, temperature_ptr,
                  seed_ptr, prefixes_ptr, allow_list_ptr, exclusions_ptr, exclusion_start_ptr,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_triton as kernels
+from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
 
@@ -134,9 +135,10 @@ def launch_prompt(
     if tile is None:
         tile = prompt_tile_in_use(heads, dim, rows, query.dtype, query.device, bulk=bulk)
     with on_device(query.device):
-        kernels.prompt_kernel[
-            (heads, tile_request.shape[0], (cut_rows or usual.rows) // tile.rows)
-        ](
+        launcher(
+            kernels.prompt_kernel,
+            (heads, tile_request.shape[0], (cut_rows or usual.rows) // tile.rows),
+        )(
             query,
             keys,
             values,
@@ -227,9 +229,10 @@ def launch_beams(
     cap, seen = 1.0 if softcap is None else softcap, 0 if window is None else window
     block_r = 16
     with on_device(query.device):
-        kernels.context_kernel[
-            (triton.cdiv(width * group, tile.rows) * parts, kv_heads, batch_size)
-        ](
+        launcher(
+            kernels.context_kernel,
+            (triton.cdiv(width * group, tile.rows) * parts, kv_heads, batch_size),
+        )(
             query,
             keys,
             values,
@@ -253,7 +256,7 @@ def launch_beams(
             BLOCK_M=tile.rows,
             **_common(query, keys, tile, window, softcap),
         )
-        kernels.merge_kernel[(triton.cdiv(rows, block_r), heads)](
+        launcher(kernels.merge_kernel, (triton.cdiv(rows, block_r), heads))(
             query,
             partial,
             norms,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import decoder_triton as kernels
+from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
@@ -46,7 +47,7 @@ def _add_norm(
     block = triton.next_power_of_2(size)
     other = x if residual is None else residual
     with on_device(x.device):
-        kernels.add_norm_kernel[(rows,)](
+        launcher(kernels.add_norm_kernel, (rows,))(
             x,
             other,
             weight,
@@ -99,7 +100,9 @@ def launch_rotate_store(
     query_norm, key_norm = (rows, rows) if norms is None else norms
     block_r = 8 if count < 4096 else 16
     with on_device(rows.device):
-        kernels.rotate_store_kernel[(triton.cdiv(count, block_r), query_heads + 2 * kv_heads)](
+        launcher(
+            kernels.rotate_store_kernel, (triton.cdiv(count, block_r), query_heads + 2 * kv_heads)
+        )(
             rows,
             cos,
             sin,
@@ -133,7 +136,7 @@ def launch_store(
     count = source_keys.shape[0]
     _, kv_heads, page_size, dim = keys.shape
     with on_device(keys.device):
-        kernels.store_kernel[(triton.cdiv(count, 16), kv_heads)](
+        launcher(kernels.store_kernel, (triton.cdiv(count, 16), kv_heads))(
             source_keys,
             source_values,
             keys,
@@ -163,7 +166,7 @@ def launch_gate(x: Tensor, activation: str) -> Tensor:
     with on_device(x.device):
         for first in range(0, rows, 65_535):
             part = x[first : first + 65_535]
-            kernels.gate_kernel[(triton.cdiv(size, block), part.shape[0])](
+            launcher(kernels.gate_kernel, (triton.cdiv(size, block), part.shape[0]))(
                 part,
                 out[first:],
                 x.stride(0),
@@ -182,7 +185,7 @@ def launch_gate_fp8(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((rows, 1), dtype=torch.float32)
     block = triton.next_power_of_2(size)
     with on_device(x.device):
-        kernels.gate_fp8_kernel[(rows,)](
+        launcher(kernels.gate_fp8_kernel, (rows,))(
             x,
             out,
             scale,

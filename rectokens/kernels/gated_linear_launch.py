@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import gated_linear_triton as kernels
+from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
 
@@ -80,7 +81,9 @@ def launch_gated_linear(
     out = x.new_empty((rows, outputs // 2))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
     with on_device(x.device):
-        kernels.gated_linear_kernel[(min(tiles, multiprocessors(x.device, _INTERPRETED)),)](
+        launcher(
+            kernels.gated_linear_kernel, (min(tiles, multiprocessors(x.device, _INTERPRETED)),)
+        )(
             TensorDescriptor.from_tensor(x, [tile.rows, tile.hidden]),
             TensorDescriptor.from_tensor(weight, [tile.outputs, tile.hidden]),
             TensorDescriptor.from_tensor(out, [tile.rows, tile.outputs // 2]),

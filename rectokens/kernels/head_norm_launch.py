@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.head_norm_triton import linear_logsumexp_kernel
 from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
@@ -52,7 +53,7 @@ def launch_linear_logsumexp(
     parts = triton.cdiv(tiles, tiles_each)
     out = x.new_zeros((parts, rows), dtype=torch.float32)
     with on_device(x.device):
-        linear_logsumexp_kernel[(row_tiles, parts)](
+        launcher(linear_logsumexp_kernel, (row_tiles, parts))(
             x,
             weight,
             weight if bias is None else bias,

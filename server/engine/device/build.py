@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rectokens.kernels.compile_ahead import compile_ahead
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.device.buckets import Buckets
 from server.engine.device.engine import DeviceEngine, DeviceOptions
@@ -86,6 +88,8 @@ def build_device_engine(
         try:
             decoder = make()
             candidate = DeviceModel(model, item_tokens, decoder, trial)
+            if model.device.type == "cuda":
+                compile_ahead([partial(probe, TrialRunner(candidate))])
             difference = logit_difference(expected, probe(TrialRunner(candidate)))
         except NotRecognisedError as why:
             logger.info("the model is not run %s: %s", name, why)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rectokens.kernels.compile_ahead import compile_ahead
 from server.engine.device.graphs import CapturedCall, CaptureError
 from server.engine.device.model import DeviceModel
 from server.engine.device.prompt_rows import (
@@ -58,14 +60,14 @@ class PromptPasses:
             return
         stream = torch.cuda.Stream(self._model.device)
         memory = torch.cuda.graph_pool_handle()
+        calls: dict[int, tuple[PromptBlock, Callable[[], Tensor]]] = {}
         for rows in reversed(self._rows):
             capacity = Capacity(rows, self._requests, self._pages, self._model.tile_rows)
             block = PromptBlock(capacity, self._model.pool)
             block.fill(())  # no request: nothing is stored while the call is tried
-
-            def call(block: PromptBlock = block) -> Tensor:
-                return self._model.prompt_pass(block)
-
+            calls[rows] = block, partial(self._model.prompt_pass, block)
+        compile_ahead(call for _, call in calls.values())
+        for rows, (block, call) in calls.items():
             try:
                 self._ready[rows] = (block, CapturedCall(call, stream, memory))
             except CaptureError as error:

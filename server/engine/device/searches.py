@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rectokens.decoding.device_tables import MAX_WIDTH, StepShapes, TrieTable
+from rectokens.kernels.compile_ahead import compile_ahead
 from rectokens.schemas.catalog_trie import CatalogTrie
 from server.engine.device.buckets import Buckets, Group
 from server.engine.device.graphs import CapturedCall, CaptureError
@@ -71,14 +72,22 @@ class Searches:
         for width in self._buckets.beam_widths:
             self._load(trie, width)
         self._trie = weakref.ref(trie.row_ptrs)
+        made = {}
         for batch, width in self._buckets.shapes():
             if (batch, width) in self._ready:
                 continue
             try:
-                self._ready[batch, width] = self._make(batch, width)
+                made[batch, width] = self._make(batch, width)
             except torch.OutOfMemoryError as error:
-                # Such batches are searched on demand, in memory that is given back.
-                logger.warning("no memory to keep searches of %d x %d: %s", batch, width, error)
+                _no_room(batch, width, error)
+        if self._capture:
+            compile_ahead([search.run for search in made.values()])
+        for (batch, width), search in made.items():
+            try:
+                self._ready[batch, width] = search, self._captured(search)
+            except torch.OutOfMemoryError as error:
+                _no_room(batch, width, error)
+        made.clear()
         if self._capture:
             torch.cuda.empty_cache()
 
@@ -146,10 +155,10 @@ class Searches:
         # The catalog before may be searched again: requests in flight, or a roll-back.
         self._tables[width] = TrieTable(trie, shapes if before is None else shapes.covering(before))
 
-    def _make(self, batch: int, width: int) -> Ready:
+    def _make(self, batch: int, width: int) -> Search:
         if self._beam_kv is None:
             self._beam_kv = self._allocate(max(b * w for b, w in self._buckets.shapes()))
-        search = Search(
+        return Search(
             self._model,
             self._tables[width],
             batch,
@@ -157,14 +166,16 @@ class Searches:
             self._pages,
             self._beam_kv,
         )
+
+    def _captured(self, search: Search) -> Callable[[], Tensor]:
         if not self._capture:
-            return search, search.run
+            return search.run
         try:
-            return search, CapturedCall(search.run, self._stream, self._memory)
+            return CapturedCall(search.run, self._stream, self._memory)
         except CaptureError as error:
             logger.warning("searches run uncaptured from now on: %s", error)
             self._capture = False
-            return search, search.run
+            return search.run
 
     def _allocate(self, rows: int) -> BeamKV:
         model = self._model
@@ -175,3 +186,8 @@ class Searches:
             device=model.device,
             dtype=model.dtype,
         )
+
+
+def _no_room(batch: int, width: int, error: Exception) -> None:
+    # Such batches are searched on demand, in memory that is given back.
+    logger.warning("no memory to keep searches of %d x %d: %s", batch, width, error)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rectokens.decoding.catalog_search import ReferenceSearch
+from rectokens.kernels import compile_ahead
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.buckets import Buckets
 from server.engine.device.engine import DeviceEngine, DeviceOptions
@@ -70,6 +71,27 @@ def captured_searches(engine: DeviceEngine) -> dict[tuple[int, int], Any]:
         for shape, (_, run) in engine._searches._ready.items()
         if isinstance(run, CapturedCall)
     }
+
+
+def test_start_up_compiles_side_by_side(make: Callable[..., Any]) -> None:
+    triton = pytest.importorskip("triton")
+    ahead, in_turn = [], []
+
+    def note(**known: Any) -> None:
+        (in_turn if compile_ahead._seen.get() is None else ahead).append(known["fn"].name)
+
+    before = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = note
+    try:
+        options = DeviceOptions(Buckets((1, 3), (20, 200), 600), prompt_rows=(48, 192))
+        engine = build_engine(make(KINDS[0]).bfloat16().cuda(), TOKENS, POOL, options)
+        trie, _ = random_catalog(5, 40)
+        found = engine.search([SearchRequest((1, 2, 3), 20, 5)], trie.to("cuda"))
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = before
+    assert isinstance(found.results[0], SearchResult)
+    assert ahead
+    assert not in_turn
 
 
 @pytest.mark.parametrize("kind", KINDS)
