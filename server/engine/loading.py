@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rectokens.ops.fp8 import fp8_refusal
 from rectokens.schemas.item_tokens import ItemTokens
@@ -16,6 +18,7 @@ from server.engine.device.fp8 import let_go_of_rounded
 from server.engine.engine import Engine
 from server.engine.pool_setup import PoolOptions, attach_pool, logit_difference
 from server.engine.prompt_leases import Prompts
+from server.engine.recompute_runner import RecomputeRunner
 from server.engine.runners import PerBeamRunner, Runner, SharedContextRunner
 
 logger = logging.getLogger(__name__)
@@ -134,10 +137,9 @@ def _device_engine(
     """The engine for devices where it gives the model's own logits, else None."""
     if not _layer_types(model) <= _ATTENTION_LAYERS or model.dtype not in _TOLERANCE:
         return None
-    with torch.inference_mode():
-        expected = _probe(PerBeamRunner(model, item_tokens), item_tokens, model)
+    expected = _expected(model, item_tokens)
 
-    def probe(runner: Runner) -> torch.Tensor:
+    def probe(runner: Runner) -> Tensor:
         return _probe(runner, item_tokens, model)
 
     return build_device_engine(
@@ -146,37 +148,58 @@ def _device_engine(
 
 
 def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
-    """The shared-context runner where it gives the model's own logits, else one cache a beam.
+    """The fastest runner that gives the model's own logits.
 
     Laying beams side by side is wrong for layers that mix neighbouring positions by other means
-    than attention, and attention variants keep appearing, so the choice is made by trying: two
-    short prompts and three beams through both runners.
+    than attention, and attention variants keep appearing; nor can every model's cache be told
+    which beams go on. So the choice is made by trying: two short prompts and three beams, against
+    whole sequences without a cache.
     """
-    per_beam = PerBeamRunner(model, item_tokens)
     layer_types = _layer_types(model)
-    if not layer_types <= _ATTENTION_LAYERS:
+    plain_attention = model.config._attn_implementation
+    expected = _expected(model, item_tokens)
+    if layer_types <= _ATTENTION_LAYERS:
+        shared, reason = _tried(SharedContextRunner, model, item_tokens, expected)
+        if shared is not None:
+            return shared
+        logger.warning("prompts are not shared between beams for this model: %s", reason)
+        model.set_attn_implementation(plain_attention)
+    else:
         names = ", ".join(sorted(layer_types - _ATTENTION_LAYERS))
         logger.info("the model has %s layers: every beam gets a cache of its own", names)
+    per_beam, reason = _tried(PerBeamRunner, model, item_tokens, expected)
+    if per_beam is not None:
         return per_beam
-    plain_attention = model.config._attn_implementation
-    with torch.inference_mode():
-        expected = _probe(per_beam, item_tokens, model)
-        try:
-            shared = SharedContextRunner(model, item_tokens)
-            found = _probe(shared, item_tokens, model)
-        except Exception as why:  # any failure of the fast way means the slow one is taken
-            difference, reason = float("inf"), str(why)
-        else:
-            difference = logit_difference(expected, found)
-            reason = f"its logits differ by {difference:.2g} of their range"
+    logger.warning(
+        "beams have no caches for this model, and every level computes their prompts again, which "
+        "is slow: %s",
+        reason,
+    )
+    return RecomputeRunner(model, item_tokens)
+
+
+def _tried(
+    kind: Callable[[Any, ItemTokens], Runner], model: Any, item_tokens: ItemTokens, expected: Tensor
+) -> tuple[Runner | None, str]:
+    """A runner if it gives the expected logits, else None and why not."""
+    try:
+        runner = kind(model, item_tokens)
+        with torch.inference_mode():
+            difference = logit_difference(expected, _probe(runner, item_tokens, model))
+    except Exception as why:  # any failure of a fast way means that a slower one is taken
+        return None, f"{type(why).__name__}: {why}"
     if difference <= _TOLERANCE[model.dtype]:
-        return shared
-    logger.warning("prompts are not shared between beams for this model: %s", reason)
-    model.set_attn_implementation(plain_attention)
-    return per_beam
+        return runner, ""
+    return None, f"its logits differ by {difference:.2g} of their range"
 
 
-def _probe(runner: Runner, item_tokens: ItemTokens, model: Any) -> torch.Tensor:
+@torch.inference_mode()
+def _expected(model: Any, item_tokens: ItemTokens) -> Tensor:
+    """What the model itself makes of the probe."""
+    return _probe(RecomputeRunner(model, item_tokens), item_tokens, model)
+
+
+def _probe(runner: Runner, item_tokens: ItemTokens, model: Any) -> Tensor:
     """Logits of levels 0 and 1 for fixed prompts of unequal length and three beams."""
     vocab = int(model.get_input_embeddings().weight.shape[0])
     prompts: Prompts = [

@@ -2,8 +2,9 @@
 
 Two runners with one interface. ``SharedContextRunner`` stores each prompt once and lays the
 beams side by side; it is right for models whose layers mix positions by attention alone.
-``PerBeamRunner`` gives every beam a cache of its own, request by request; it is right for any
-model that transformers can generate with, recurrent layers included, and slower.
+``PerBeamRunner`` gives every beam a cache of its own, request by request; it is right for most
+models that transformers can generate with, recurrent layers included, and slower. For the others
+there is ``recompute_runner.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rectokens.decoding.model_cache import cache_argument, returned_cache
+from rectokens.decoding.model_cache import cache_argument, named_parameters, returned_cache
 from rectokens.schemas.item_tokens import ItemTokens
 from server.engine.context_attention import (
     ATTENTION_NAME,
@@ -198,16 +199,28 @@ class PerBeamRunner:
         self.item_tokens = item_tokens
         self.device: torch.device = model.device
         self.prefix_cache: PrefixCache | None = None
+        self._takes_positions = "position_ids" in named_parameters(model)
 
     def session(self) -> DecodeSession:
         """A fresh session."""
         return _PerBeamSession(self)
+
+    def positions(self, rows: int, first: int, end: int) -> dict[str, Tensor]:
+        """Positions ``first`` to ``end`` of so many rows, as the model takes them.
+
+        Told, because not every model reads off its cache how long it is: one with recurrent
+        layers before the first attention layer may begin at 0 again.
+        """
+        if not self._takes_positions:
+            return {}
+        return {"position_ids": torch.arange(first, end, device=self.device).expand(rows, -1)}
 
 
 class _PerBeamSession:
     def __init__(self, runner: PerBeamRunner) -> None:
         self._runner = runner
         self._caches: list[Any] = []
+        self._lengths: list[int] = []
         self.cached_tokens: Sequence[int] = ()
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
@@ -217,10 +230,12 @@ class _PerBeamSession:
         for prompt in prompts:
             output = self._runner.model(
                 **model_inputs([prompt], embed, self._runner.device),
+                **self._runner.positions(1, 0, len(prompt)),
                 use_cache=True,
                 logits_to_keep=1,
             )
             self._caches.append(returned_cache(output))
+            self._lengths.append(len(prompt))
             rows.append(output.logits[:, -1:])
         return self._level(torch.cat(rows), 0, with_vocab_norm)
 
@@ -229,10 +244,13 @@ class _PerBeamSession:
     ) -> LevelLogits:
         tokens = codes + self._runner.item_tokens.token_id(depth - 1, 0)
         rows = []
-        for cache, parent, token in zip(self._caches, parents, tokens, strict=True):
+        prompts = zip(self._caches, self._lengths, parents, tokens, strict=True)
+        for cache, length, parent, token in prompts:
             cache.reorder_cache(parent)
+            place = length + depth - 1
             output = self._runner.model(
                 input_ids=token[:, None],
+                **self._runner.positions(len(token), place, place + 1),
                 **cache_argument(self._runner.model, cache),
                 use_cache=True,
                 logits_to_keep=1,
