@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_triton as kernels
+from rectokens.kernels import pipelined_launch
 from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
@@ -23,6 +24,7 @@ MIN_BLOCK_DIM = 16  # of a matrix product; smaller heads are filled up
 MAX_PARTS = 16
 # Multiprocessors that the interpreter stands for: enough that contexts are cut into parts.
 _INTERPRETED = 4
+_MOST_PIPELINED_PARTS = 2  # shorter ones are sooner done by the other kernel
 _PROGRAMS_A_MULTIPROCESSOR = 2  # of the context kernel, that run at once
 
 
@@ -107,6 +109,7 @@ def launch_prompt(
     tile: AttentionTile | None = None,
     cut_rows: int | None = None,
     bulk: bool | None = None,
+    pipelined: bool | None = None,
 ) -> None:
     """Causal attention of packed prompts; rows of ``out`` that no tile covers are left alone.
 
@@ -127,9 +130,29 @@ def launch_prompt(
         cut_rows: rows that tiles were cut to, a multiple of the programs'; None for those of
             ``tile``, or without it of :func:`prompt_tile`.
         bulk: whether to load by bulk tensor copies; None for where that is possible.
+        pipelined: whether to overlap blocks, which goes without ``tile`` and ``bulk``; None for
+            where that is possible.
     """
     rows, heads, dim = query.shape
     usual = tile or prompt_tile(dim, query.dtype)
+    if pipelined is None:
+        free = tile is None and bulk is None and window is None and softcap is None
+        pipelined = free and pipelined_launch.takes(dim, query.dtype, keys.shape[2], query.device)
+    if pipelined:
+        pipelined_launch.launch_prompt(
+            query,
+            keys,
+            values,
+            tile_request,
+            tile_start,
+            query_starts,
+            lengths,
+            page_table,
+            out,
+            scale=scale,
+            cut_rows=cut_rows or usual.rows,
+        )
+        return
     if bulk is None:
         bulk = takes_bulk(dim, query.dtype, keys.shape[2], usual, query.device)
     if tile is None:
@@ -190,6 +213,7 @@ def launch_beams(
     tile: AttentionTile | None = None,
     parts: int | None = None,
     bulk: bool | None = None,
+    pipelined: bool | None = None,
 ) -> Tensor:
     """Beams over their request's context and their own positions.
 
@@ -210,17 +234,23 @@ def launch_beams(
         tile: shape of the context kernel's programs.
         parts: parts the context is cut in; None for as many as fill the device.
         bulk: whether to load by bulk tensor copies; None for where that is possible.
+        pipelined: whether to overlap blocks, which goes without ``tile`` and ``bulk``; None for
+            where that is possible and parts are long.
 
     Returns:
         (B * W, Hq, D).
     """
-    tile = tile or beam_tile(query.shape[-1], query.dtype)
     rows, heads, dim = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     batch_size, width = paths.shape[:2]
+    free = tile is None and bulk is None and window is None and softcap is None
+    tile = tile or beam_tile(dim, query.dtype)
     if parts is None:
         parts = parts_for(batch_size, width, kv_heads, group, tile, query.device)
+    if pipelined is None:
+        free = free and parts <= _MOST_PIPELINED_PARTS
+        pipelined = free and pipelined_launch.takes(dim, query.dtype, keys.shape[2], query.device)
     if bulk is None:
         bulk = takes_bulk(dim, query.dtype, keys.shape[2], tile, query.device)
     partial = query.new_empty((parts, rows, heads, dim), dtype=torch.float32)
@@ -229,33 +259,46 @@ def launch_beams(
     cap, seen = 1.0 if softcap is None else softcap, 0 if window is None else window
     block_r = 16
     with on_device(query.device):
-        launcher(
-            kernels.context_kernel,
-            (triton.cdiv(width * group, tile.rows) * parts, kv_heads, batch_size),
-        )(
-            query,
-            keys,
-            values,
-            *_descriptors(keys, values, tile, bulk),
-            partial,
-            norms,
-            lengths,
-            page_table,
-            page_table.stride(0),
-            width,
-            step,
-            query.stride(0),
-            keys.stride(0),
-            keys.stride(1),
-            scale,
-            cap,
-            seen,
-            kv_heads,
-            parts,
-            BULK=bulk,
-            BLOCK_M=tile.rows,
-            **_common(query, keys, tile, window, softcap),
-        )
+        if pipelined:
+            pipelined_launch.launch_context(
+                query,
+                keys,
+                values,
+                lengths,
+                page_table,
+                partial,
+                norms,
+                width,
+                scale=scale,
+            )
+        else:
+            launcher(
+                kernels.context_kernel,
+                (triton.cdiv(width * group, tile.rows) * parts, kv_heads, batch_size),
+            )(
+                query,
+                keys,
+                values,
+                *_descriptors(keys, values, tile, bulk),
+                partial,
+                norms,
+                lengths,
+                page_table,
+                page_table.stride(0),
+                width,
+                step,
+                query.stride(0),
+                keys.stride(0),
+                keys.stride(1),
+                scale,
+                cap,
+                seen,
+                kv_heads,
+                parts,
+                BULK=bulk,
+                BLOCK_M=tile.rows,
+                **_common(query, keys, tile, window, softcap),
+            )
         launcher(kernels.merge_kernel, (triton.cdiv(rows, block_r), heads))(
             query,
             partial,

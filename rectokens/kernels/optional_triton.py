@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["gl", "gluon", "tl", "triton"]
+__all__ = ["gl", "gluon", "hopper", "tl", "triton"]
 
 _T = TypeVar("_T")
 
@@ -36,7 +36,11 @@ class _MissingTriton:
 try:
     import triton
     import triton.language as tl
+except ImportError:
+    triton = tl = _MissingTriton()
+try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-except ImportError:
-    triton = tl = gluon = gl = _MissingTriton()
+    from triton.experimental.gluon.language.nvidia import hopper
+except ImportError:  # also of a Triton that has moved it
+    gluon = gl = hopper = _MissingTriton()

@@ -1,4 +1,4 @@
-"""Attention over pages on CUDA, by bulk copies and without: the definition's results."""
+"""Attention over pages on CUDA, pipelined, by bulk copies and without: the definition's results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_launch as launch
+from rectokens.kernels import pipelined_launch
 from rectokens.ops.context_attention import (
     PackedPrompts,
     ScoreRule,
@@ -46,6 +47,14 @@ def pages(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tu
     return keys, values, table.to(DEVICE)
 
 
+@pytest.fixture(params=[True, False], ids=["pipelined", "plain"])
+def pipelined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether blocks may overlap."""
+    if not request.param:
+        monkeypatch.setattr(pipelined_launch, "takes", lambda *_: False)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
@@ -54,8 +63,15 @@ def pages(lengths: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tu
 )
 @pytest.mark.parametrize("dim", [64, 128])
 def test_prompts(
-    counts: list[int], cached: list[int], rule: ScoreRule, dtype: torch.dtype, dim: int
+    counts: list[int],
+    cached: list[int],
+    rule: ScoreRule,
+    dtype: torch.dtype,
+    dim: int,
+    pipelined: bool,
 ) -> None:
+    if pipelined and (dtype == torch.float32 or rule != RULES[0]):
+        pytest.skip("goes the plain way")
     heads, kv_heads = 8, 4
     lengths = [a + b for a, b in zip(counts, cached, strict=True)]
     keys, values, table = pages(lengths, kv_heads, dim, dtype)
@@ -80,8 +96,15 @@ def test_prompts(
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("lengths", "width"), [([1000, 0, 70], 64), ([2049], 256), ([5], 3)])
-def test_beams(lengths: list[int], width: int, rule: ScoreRule, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "width"),
+    [([1000, 0, 70], 64), ([2049], 256), ([5], 3), ([1000, 64, 0, 777], 256), ([130] * 9, 256)],
+)
+def test_beams(
+    lengths: list[int], width: int, rule: ScoreRule, dtype: torch.dtype, pipelined: bool
+) -> None:
+    if pipelined and (dtype == torch.float32 or rule != RULES[0]):
+        pytest.skip("goes the plain way")
     heads, kv_heads, dim, step = 8, 4, 128, 1
     keys, values, table = pages([max(n, 1) for n in lengths], kv_heads, dim, dtype)
     rows = len(lengths) * width
