@@ -9,6 +9,8 @@ CONSTRAINTS ?= constraints-cpu.txt
 DEMO ?= .demo
 DATA ?=
 AUDIT_FLAGS ?=
+# Processes that share the tests: one a core, four at most. Each takes up to 2 GB.
+TEST_WORKERS ?= logical
 # Of `make load`: the server, the kind of load (open, closed, steps), and flags beside.
 LOAD_URL ?= http://127.0.0.1:8000
 LOAD ?= open
@@ -48,7 +50,7 @@ demo: $(VENV)/.installed-server ## build the demo, measure it through HTTP, stop
 	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --evaluate
 
 test: $(VENV)/.installed-dev ## the whole suite
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 --dist worksteal
 
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	$(PIP_INSTALL) --editable '.[ray]'
