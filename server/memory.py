@@ -18,8 +18,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 # Loaded weights are not all that a model holds: buffers, captured shapes, working memory.
 _MODEL_OVERHEAD = 1.1
-# Of an item index, beside the column of ids.
-_INDEX_BYTES_AN_ITEM = 9
+# Of an item index and of semantic IDs of four levels, beside the column of ids.
+_INDEX_BYTES_AN_ITEM = 17
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 

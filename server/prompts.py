@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rectokens.catalog.catalog import Catalog
@@ -20,20 +22,22 @@ from server.release import Release
 
 _UNKNOWN_SHOWN = 5
 
+Known = NDArray[np.bool_]
 
-def unknown_items(query: RecommendQuery, is_known: Tensor, catalog: Catalog) -> tuple[str, ...]:
+
+def unknown_items(query: RecommendQuery, is_known: Known, catalog: Catalog) -> tuple[str, ...]:
     """Items of the history that the catalog does not know, each once.
 
     Raises:
         ServiceError: there are some and the query wants none, or there is nothing else.
     """
-    if bool(is_known.all()):
+    if is_known.all():
         return ()
     ids = query.item_ids
     unknown = dict.fromkeys(itertools.compress(ids, (~is_known).tolist()))
     if query.refuse_unknown_items:
         raise unknown_items_error(query.parts_param, catalog, list(unknown))
-    if len(is_known) == len(query.parts) and not bool(is_known.any()):
+    if len(is_known) == len(query.parts) and not is_known.any():
         raise ServiceError(
             ErrorKind.NO_KNOWN_ITEMS,
             f"none of the {len(unknown)} items is in catalog {catalog.version}, "
@@ -51,7 +55,7 @@ def unknown_items_error(param: str, catalog: Catalog, unknown: Sequence[str]) ->
 
 
 def history_prompt(
-    query: RecommendQuery, is_known: Tensor, codes: Tensor, release: Release
+    query: RecommendQuery, is_known: Known, codes: NDArray[np.int64], release: Release
 ) -> BuiltPrompt:
     """The prompt of a history of items and texts.
 
@@ -67,7 +71,7 @@ def history_prompt(
     max_tokens = release.engine.max_prompt_tokens if query.cut_long_prompt else None
     try:
         if len(is_known) == len(query.parts):
-            prompt = release.prompts.build_items(codes.numpy(), max_tokens=max_tokens)
+            prompt = release.prompts.build_items(codes, max_tokens=max_tokens)
         else:
             parts = _known_parts(query.parts, is_known, codes)
             prompt = release.prompts.build(parts, max_tokens=max_tokens)
@@ -81,7 +85,9 @@ def history_prompt(
     return prompt
 
 
-def _known_parts(given: Sequence[str | TextPart], is_known: Tensor, codes: Tensor) -> list[Part]:
+def _known_parts(
+    given: Sequence[str | TextPart], is_known: Known, codes: NDArray[np.int64]
+) -> list[Part]:
     """Parts for the prompt builder, without the unknown items."""
     found, rows = iter(is_known.tolist()), iter(codes.tolist())
     parts: list[Part] = []

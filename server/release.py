@@ -158,6 +158,7 @@ def _load(
     if model.spec.tokenizer_fingerprint != config.tokenizer_fingerprint:
         _log.warning("serving a catalog of another tokenizer, as allow_mismatch says")
     catalog = load_catalog(catalog_path)
+    catalog.codes_of([])  # makes their table, which no request shall wait for
     if kept and beside is not None:
         trie = catalog.trie.to(beside.trie.device)
         return replace(

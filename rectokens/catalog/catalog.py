@@ -119,7 +119,7 @@ class Catalog:
         names: list[str] = self.item_ids[indices].to_list()
         return names
 
-    def codes_of(self, item_indices: Tensor | Sequence[int]) -> Tensor:
+    def codes_of(self, item_indices: Tensor | NDArray[np.int64] | Sequence[int]) -> Tensor:
         """Semantic IDs of item indices (n,): int64 (n, L).
 
         Raises:
@@ -179,15 +179,17 @@ class Catalog:
             if all(name in self.constraint_sets for name in names):
                 self.allowed_prefix(names)
 
-    def _checked(self, item_indices: Tensor | Sequence[int]) -> NDArray[np.int64]:
+    def _checked(
+        self, item_indices: Tensor | NDArray[np.int64] | Sequence[int]
+    ) -> NDArray[np.int64]:
         indices = np.asarray(item_indices, dtype=np.int64)
         if indices.ndim != 1:
             raise ValueError(f"item indices have shape {indices.shape}; expected (n,)")
+        if not indices.size or (indices.min() >= 0 and indices.max() < self.num_items):
+            return indices
         bad = np.flatnonzero((indices < 0) | (indices >= self.num_items))
-        if bad.size:
-            found = int(indices[bad[0]])
-            raise IndexError(f"item index is {found}; allowed are 0 to {self.num_items - 1}")
-        return indices
+        found = int(indices[bad[0]])
+        raise IndexError(f"item index is {found}; allowed are 0 to {self.num_items - 1}")
 
 
 def require_distinct(index: ItemIndex) -> None:

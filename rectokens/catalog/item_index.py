@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -11,13 +12,20 @@ from numpy.typing import NDArray
 
 from rectokens.catalog.sorted_numbers import SortedNumbers
 
-HashFunction: TypeAlias = Callable[[pl.Series], NDArray[np.uint64]]
+HashFunction: TypeAlias = Callable[[Sequence[str]], NDArray[np.uint64]]
+
+# Strings of a column that are hashed at a time: Python objects of no more of them exist at once,
+# and other threads wait half a millisecond at most.
+_CHUNK = 4_096
 
 
-def hash_strings(values: pl.Series) -> NDArray[np.uint64]:
-    """64-bit hash of each string; stable within a process, which is all an index needs."""
-    # Of rows, which are strings here, because that does not go through a query for each call.
-    return pl.DataFrame([values]).hash_rows(seed=0).to_numpy()
+def hash_strings(values: Sequence[str]) -> NDArray[np.uint64]:
+    """64-bit hash of each string; stable within a process, which is all an index needs.
+
+    Python's own, which strangers cannot foresee. For the few strings of a request it takes a
+    fraction of the time of a call that shares work out among threads.
+    """
+    return np.fromiter(map(hash, values), dtype=np.int64, count=len(values)).view(np.uint64)
 
 
 class ItemIndex:
@@ -34,16 +42,18 @@ class ItemIndex:
 
         Args:
             item_ids: (N,) strings, N < 2**31, no nulls, one chunk.
-            hash_ids: hash of a string column, uint64 of the same length.
+            hash_ids: hashes of strings.
         """
         num_rows = len(item_ids)
         self._item_ids = item_ids
         self._hash_ids = hash_ids
         self._row_mask = np.uint64((1 << max(num_rows - 1, 0).bit_length()) - 1)
         # Numbers are sorted ten times as fast as hashes and the order of their rows beside them.
-        self._entries = np.sort(
-            (hash_ids(item_ids) & ~self._row_mask) | np.arange(num_rows, dtype=np.uint64)
-        )
+        hashes = np.empty(num_rows, dtype=np.uint64)
+        for start in range(0, num_rows, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            hashes[chunk] = hash_ids(item_ids[chunk].to_list())
+        self._entries = np.sort((hashes & ~self._row_mask) | np.arange(num_rows, dtype=np.uint64))
         self._places = SortedNumbers(self._entries)
 
     @property
@@ -65,25 +75,37 @@ class ItemIndex:
         Raises:
             TypeError: something that is no string.
         """
+        if set(map(type, queries)) - {str}:
+            queries = [_as_string(query) for query in queries]
         found = np.full(len(queries), -1, dtype=np.int64)
-        wanted, rows = _encodable(queries)
-        if not rows.size:
+        if not self._entries.size or not found.size:
             return found
-        hashes = self._hash_ids(wanted) & ~self._row_mask
+        hashes = self._hash_ids(queries) & ~self._row_mask
         places = self._places.count_below(hashes)
-        undecided = np.arange(rows.size)
-        while undecided.size:
-            undecided = undecided[places[undecided] < self._entries.size]
-            entries = self._entries[places[undecided]]
-            near = (entries & ~self._row_mask) == hashes[undecided]
-            undecided = undecided[near]
-            candidates = (entries[near] & self._row_mask).astype(np.int64)
-            sought = wanted if undecided.size == rows.size else wanted[undecided]
-            equal = (self._item_ids[candidates] == sought).to_numpy().astype(np.bool_)
-            found[rows[undecided[equal]]] = candidates[equal]
+        rows = np.arange(len(queries))
+        while rows.size:
+            entries = self._entries.take(places, mode="clip")
+            near = np.flatnonzero((entries ^ hashes) <= self._row_mask)
+            if near.size < rows.size:
+                entries, hashes, places, rows = (
+                    entries[near],
+                    hashes[near],
+                    places[near],
+                    rows[near],
+                )
+            candidates = (entries & self._row_mask).astype(np.int64)
+            names = self._item_ids[candidates].to_list()
+            sought = list(queries)
+            if rows.size < len(sought):
+                sought = [sought[row] for row in rows.tolist()]
+            if names == sought:
+                found[rows] = candidates
+                break
+            equal = np.fromiter(map(operator.eq, names, sought), dtype=np.bool_, count=len(names))
+            found[rows[equal]] = candidates[equal]
             # Another string with these bits: look at the next one with the same.
-            undecided = undecided[~equal]
-            places[undecided] += 1
+            left = ~equal & (places + 1 < self._entries.size)
+            hashes, places, rows = hashes[left], places[left] + 1, rows[left]
         return found
 
     def repeated(self) -> pl.Series:
@@ -98,29 +120,7 @@ class ItemIndex:
         return strings.filter(strings.is_duplicated()).unique(maintain_order=True)
 
 
-def _encodable(queries: Sequence[str]) -> tuple[pl.Series, NDArray[np.intp]]:
-    """The queries as a column, and the position of each among all of them.
-
-    Lone surrogates, which JSON can smuggle into a Python string, have no UTF-8 form; no item id
-    can be equal to such a string.
-    """
-    if set(map(type, queries)) != {str}:
-        for query in queries:
-            if not isinstance(query, str):
-                raise TypeError(
-                    f"item id is {query!r}, a {type(query).__name__}; expected a string"
-                )
-    try:
-        return pl.Series(queries, dtype=pl.String), np.arange(len(queries))
-    except UnicodeEncodeError:
-        good = [i for i, query in enumerate(queries) if _has_utf8(query)]
-        chosen: list[Any] = [queries[i] for i in good]
-        return pl.Series(chosen, dtype=pl.String), np.array(good, dtype=np.intp)
-
-
-def _has_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _as_string(query: Any) -> str:
+    if not isinstance(query, str):
+        raise TypeError(f"item id is {query!r}, a {type(query).__name__}; expected a string")
+    return "".join((query,))  # without what its class may add

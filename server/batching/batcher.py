@@ -323,9 +323,10 @@ class Batcher:
                 current.running.wait_for_prompts()
 
     def _decide(self, places: Sequence[Place]) -> Decision:
-        now = self._clock()
-        with self._lock:
-            cost = self._cost.at(now)
+        now, cost = self._clock(), None
+        if len(places) > 1:  # who is alone runs, whatever it costs
+            with self._lock:
+                cost = self._cost.at(now)
         return form_batch([place.work.waiting for place in places], self._limits, now, cost)
 
     def _next_batch(self, *, wait: bool) -> _Batch | None:

@@ -17,8 +17,9 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from server.engine.device.buckets import Buckets
 from server.engine.device.engine import DeviceOptions
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
-from server.engine.types import EngineFault
+from server.engine.types import BatchOutcome, EngineFault
 
 _RETURNING = 64  # prompts that may come again
 _SWAP_EVERY = 8  # batches
@@ -208,7 +209,7 @@ class Soak:
         batches: of them.
         items: returned.
         faults: by kind.
-        seconds: of the engine alone.
+        seconds: in calls of the engine.
         allocated_mib: after each batch, see :func:`memory_mib`.
         reserved_mib: likewise.
         resident_mib: of the process on the machine, likewise.
@@ -239,13 +240,20 @@ def soak(
     spent = 0.0
     allocated, reserved, resident = [], [], []
     ends = time.monotonic() + limit_s
-    while done < requests and time.monotonic() < ends:
-        catalog = catalogs[number // _SWAP_EVERY % len(catalogs)]
+
+    def batches() -> Iterator[tuple[list[Asked], Catalog]]:
+        drawn = 0
+        for count in itertools.count():
+            if drawn >= requests or time.monotonic() > ends:
+                return
+            catalog = catalogs[count // _SWAP_EVERY % len(catalogs)]
+            asked = traffic.batch(catalog, batch)
+            drawn += len(asked)
+            yield asked, catalog
+
+    for asked, catalog, outcome, seconds in answered(engine, batches()):
         number += 1
-        asked = traffic.batch(catalog, batch)
-        started = time.perf_counter()
-        outcome = engine.search([one.request for one in asked], catalog.trie)
-        spent += time.perf_counter() - started
+        spent += seconds
         for one, result in zip(asked, outcome.results, strict=True):
             faults += faults_of(one, result, catalog.codes)
             items += len(result.hits) if isinstance(result, SearchResult) else 0
@@ -255,6 +263,28 @@ def soak(
         reserved.append(held)
         resident.append(process.memory_info().rss / 2**20)
     return Soak(done, number, items, faults, spent, allocated, reserved, resident)
+
+
+def answered(
+    engine: Any, batches: Iterator[tuple[list[Asked], Catalog]]
+) -> Iterator[tuple[list[Asked], Catalog, BatchOutcome, float]]:
+    """Batches with their answers, and the seconds in calls of the engine since the one before.
+
+    As in the service, a batch is begun before the one ahead of it is finished, where the engine
+    begins batches.
+    """
+    ahead: tuple[list[Asked], Catalog, Callable[[], BatchOutcome]] | None = None
+    for asked, catalog in batches:
+        started = time.perf_counter()
+        prepared = engine.prepare([one.request for one in asked], catalog.trie)
+        running = engine.begin(prepared)
+        finish = partial(engine.run, prepared) if running is None else running.finish
+        if ahead is not None:
+            yield *ahead[:2], ahead[2](), time.perf_counter() - started
+        ahead = asked, catalog, finish
+    if ahead is not None:
+        started = time.perf_counter()
+        yield *ahead[:2], ahead[2](), time.perf_counter() - started
 
 
 def halves(values: Sequence[float]) -> tuple[float, float, float]:

@@ -31,30 +31,43 @@ def collect_answers(
     """
     answers: list[Answer] = [LEFT] * len(requests)
     for members, host, shapes in waiting:
-        found = unpack_answers(host, shapes)
+        found = _Figures(unpack_answers(host, shapes))
         for row, place in enumerate(members):
             answers[place] = _answer(requests[place], found, row, num_items)
     return answers
+
+
+class _Figures:
+    """Answers as arrays: what is read of a row is little, and torch takes long for that."""
+
+    def __init__(self, found: SearchAnswers) -> None:
+        self.poisoned = found.poisoned.tolist()
+        self.item_count = found.item_count.tolist()
+        self.items = found.items.numpy()
+        self.leaves = found.leaves.numpy()
+        self.scores = found.scores.numpy()
+        self.codes = found.codes.numpy()
+        self.code_scores = found.code_scores.numpy()
 
 
 # What ``SearchHit._make`` does, without a call of Python a hit.
 _hit = partial(tuple.__new__, SearchHit)
 
 
-def _rows_of(table: Tensor, slots: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
-    """Rows ``slots`` of a table (W, L) on the host, as tuples."""
-    return zip(*table.numpy()[slots].T.tolist(), strict=True)
+def _rows_of(table: NDArray[Any], slots: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
+    """Rows ``slots`` of a table (W, L), as tuples."""
+    return zip(*table[slots].T.tolist(), strict=True)
 
 
-def _answer(request: SearchRequest, found: SearchAnswers, row: int, num_items: int) -> Answer:
-    if int(found.poisoned[row]):
+def _answer(request: SearchRequest, found: _Figures, row: int, num_items: int) -> Answer:
+    if found.poisoned[row]:
         return EngineFault("the model returned NaN or infinite logits")
-    count = min(int(found.item_count[row]), request.top_k)
-    slots = found.leaves[row, :count].numpy()
+    count = min(found.item_count[row], request.top_k)
+    slots = found.leaves[row, :count]
     figures = zip(
         found.items[row, :count].tolist(),
         _rows_of(found.codes[row], slots),
-        found.scores[row].numpy()[slots].tolist(),
+        found.scores[row, slots].tolist(),
         _rows_of(found.code_scores[row], slots),
         strict=True,
     )

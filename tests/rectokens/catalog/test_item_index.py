@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from rectokens.catalog.item_index import ItemIndex, hash_strings
 
 
-def everything_collides(values: pl.Series) -> np.ndarray:
+def everything_collides(values: list[str]) -> np.ndarray:
     return np.full(len(values), 7, dtype=np.uint64)
 
 
-def three_buckets(values: pl.Series) -> np.ndarray:
-    return (values.str.len_bytes().to_numpy() % 3).astype(np.uint64) * np.uint64(2**63)
+def three_buckets(values: list[str]) -> np.ndarray:
+    return np.array([len(value) % 3 for value in values], dtype=np.uint64) << np.uint64(62)
 
 
 HASHES = {"spread": hash_strings, "one": everything_collides, "three": three_buckets}
@@ -46,6 +46,21 @@ def test_text_that_has_no_utf8_form_is_unknown():
     index = ItemIndex(pl.Series(["a", "b"]))
     assert index.find(["b", "\ud800", "a"]).tolist() == [1, -1, 0]
     assert index.find(["\ud800"]).tolist() == [-1]
+
+
+def test_a_column_of_many_is_hashed_in_parts():
+    ids = [f"B{row}" for row in range(9_000)]
+    queries = [*ids[::-7], "C1"]
+    found = ItemIndex(pl.Series(ids)).find(queries)
+    assert found.tolist() == [*range(8_999, -1, -7), -1]
+
+
+def test_strings_of_a_class_of_their_own_are_strings():
+    class Name(str):
+        def __hash__(self):
+            return 5
+
+    assert ItemIndex(pl.Series(["a", "b"])).find([Name("b"), "a"]).tolist() == [1, 0]
 
 
 def test_other_types_are_refused():
