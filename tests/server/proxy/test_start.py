@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from rectokens.artifacts.model import RetrievalSpec
 from rectokens.artifacts.open_store import open_release_store
 from rectokens.prompts.recipe import PromptRecipe
+from rectokens.turboquant import DEFAULT_CODEC
 from server.flags import proxy_fields
 from server.proxy.embedding_table import EmbeddingTable, open_embedding_table
 from server.proxy.encoder import EmbedsEncoder
@@ -142,6 +144,35 @@ def test_sizes_between_powers_of_two_use_the_block_codec():
     encoder = EmbedsEncoder(EmbeddingTable(torch.ones(4, 1_536)), "turboquant", 4)
     encoder.warm_up()
     assert encoder.encode([1, 2]).plain_bytes == 2 * 1_536 * 4 * 4 // 3
+
+
+def test_serve_with_proxy_warms_up_before_it_serves(store, monkeypatch):
+    """The first compressed prompt waits for no kernel to be compiled."""
+    from server.cli import serve_until_signal
+
+    seen = []
+
+    def run_service(settings, load, on_ready, mounted):
+        seen.append(("serves", mounted.hidden_size))
+        return 0
+
+    monkeypatch.setattr(
+        "server.proxy.encoder.warmup_encode",
+        lambda size, bits, *, codec: seen.append(("warms up", size, bits, codec)),
+    )
+    monkeypatch.setattr("server.run.run_service", run_service)
+    flags = {
+        "model": str(store.model),
+        "catalog": str(store.catalog),
+        "with_proxy": "true",
+        "proxy.upstream": "http://x",
+        "proxy.embedding_bits": "8",
+    }
+    with pytest.raises(typer.Exit) as ended:
+        serve_until_signal(load_settings(flags))
+    assert ended.value.exit_code == 0
+    size = store.lm.config.hidden_size
+    assert seen == [("warms up", size, 8, DEFAULT_CODEC), ("serves", size)]
 
 
 @pytest.mark.parametrize(
