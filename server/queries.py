@@ -84,7 +84,7 @@ class RecommendQuery:
     @property
     def item_ids(self) -> Sequence[str]:
         """The items of the history, oldest first."""
-        if TextPart not in set(map(type, self.parts)):
+        if not self._has_texts:
             return cast("tuple[str, ...]", self.parts)
         return [part for part in self.parts if isinstance(part, str)]
 
@@ -97,5 +97,13 @@ class RecommendQuery:
             and len(self.constraint_sets) == 0
             and len(self.parts) + len(self.exclude_items) + len(self.allow_items or ())
             <= _QUICK_IDS
-            and sum(len(p.text) for p in self.parts if isinstance(p, TextPart)) <= _QUICK_CHARS
+            and (not self._has_texts or self._text_chars <= _QUICK_CHARS)
         )
+
+    @property
+    def _has_texts(self) -> bool:
+        return TextPart in set(map(type, self.parts))
+
+    @property
+    def _text_chars(self) -> int:
+        return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))

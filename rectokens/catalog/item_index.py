@@ -93,8 +93,9 @@ class ItemIndex:
                     places[near],
                     rows[near],
                 )
-            candidates = (entries & self._row_mask).astype(np.int64)
-            names = self._item_ids[candidates].to_list()
+            candidates = (entries & self._row_mask).astype(np.uint32)
+            # A series of this type is taken as it is; an array would be looked through first.
+            names = self._item_ids[pl.Series(candidates)].to_list()
             sought = list(queries)
             if rows.size < len(sought):
                 sought = [sought[row] for row in rows.tolist()]
