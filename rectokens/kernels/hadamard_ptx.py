@@ -14,6 +14,9 @@ because it adds to what it is given: ``H a + H b`` and ``H a - H b`` take three 
 Products sum in the tensor core's wide accumulator and round to fp16 once, on the way out, unless
 their results are taken in fp32.
 
+Signs are bits that a lane holds in a few registers from the start: flipping a pair costs a shift
+and a LOP3, and nothing waits for a table.
+
 Blocks (the codec of sizes that are not powers of two) are runs of slices. The permutation between
 the rounds moves an element to the same place of another block, which is another register of the
 same lane: block b's element i goes to block (b + i) mod m, so a lane rotates the registers of a
@@ -28,7 +31,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rectokens.kernels.warp_rows import PAIRS, SLICE, Layout, Levels, RowShape
+from rectokens.kernels.warp_rows import (
+    PAIRS,
+    PAIRS_OF_A_SIGN_WORD,
+    SLICE,
+    Layout,
+    Levels,
+    RowShape,
+)
 
 # LOP3 tables: inputs a, b, c are 0xF0, 0xCC, 0xAA.
 AND_XOR = 0x6A  # (a & b) ^ c
@@ -40,11 +50,20 @@ def v(slice_index: int, pair: int) -> str:
     return f"v{slice_index * PAIRS + pair}"
 
 
+# Type of a product, and fragments of H16 / 4 and its negative. Only those of f16 are made here; the
+# others are the encoder's.
+KINDS = {
+    "f16": ("f16", "ha", "hb"),
+    "bf16": ("bf16", "ga", "gb"),
+    "scaled": ("f16", "hc", "hd"),
+}
+
+
 def prologue() -> list[str]:
-    """Declarations, and fragments of H16 / 4 and its negative: ha, hb in fp16, ga, gb in bf16."""
+    """Declarations, and fragments of H16 / 4; `low` has their signs."""
     return """
-.reg .b32 lane, warp, row, col, low, high, ha, hb, ga, gb, zero;
-.reg .b32 a0, a1, a2, a3, b0, b1, b2, b3, d0, d1, d2, d3, t0, t1, t2, t3, e<32>, p<32>;
+.reg .b32 lane, warp, row, col, low, high, ha, hb, hc, hd, ga, gb, zero;
+.reg .b32 a0, a1, a2, a3, d0, d1, d2, d3, t0, t1, t2, t3, e<32>, p<32>;
 mov.u32 lane, %tid.x;
 shr.b32 warp, lane, 5;
 and.b32 lane, lane, 31;
@@ -60,8 +79,6 @@ shl.b32 high, high, 31;
 or.b32 low, low, high;
 xor.b32 ha, low, 0x34003400;
 xor.b32 hb, ha, 0x80008000;
-xor.b32 ga, low, 0x3e803e80;
-xor.b32 gb, ga, 0x80008000;
 mov.b32 zero, 0;
 """.strip().splitlines()
 
@@ -74,8 +91,11 @@ def product(
     negative: bool = False,
     kind: str = "f16",
 ) -> str:
-    """H16 / 4 times the data, or minus that, plus `plus`; four outputs are fp32, two fp16 pairs."""
-    a, b = ("ha", "hb") if kind == "f16" else ("ga", "gb")
+    """H16 / 4 times the data, or minus that, plus `plus`; four outputs are fp32, two fp16 pairs.
+
+    `kind` is one of `KINDS`.
+    """
+    kind, a, b = KINDS[kind]
     if negative:
         a, b = b, a
     wide = "f32" if len(out) == 4 else "f16"
@@ -135,19 +155,20 @@ def stage(
     distances: Sequence[int] = (),
     *,
     wide: bool = False,
+    kind: str = "f16",
 ) -> Iterator[str]:
     """A product over all slices in place, fp16, that may take levels between slices along.
 
-    `wide`: sums are kept in fp32 and rounded once.
+    `wide`: sums are kept in fp32 and rounded once. `kind`: ``f16`` or ``scaled``.
     """
     for group in combined(shape, distances):
         for pairs in stage_pairs:
             if not wide:
                 outputs = [[v(index, pair) for pair in pairs] for index in group]
-                yield from products(group, pairs, outputs, "f16")
+                yield from products(group, pairs, outputs, kind)
                 continue
             outputs = [[f"e{4 * place + i}" for i in range(4)] for place in range(len(group))]
-            yield from products(group, pairs, outputs, "f16")
+            yield from products(group, pairs, outputs, kind)
             for index, output in zip(group, outputs, strict=True):
                 for order, pair in enumerate(pairs):
                     low, high = output[2 * order : 2 * order + 2]
@@ -164,31 +185,24 @@ def butterfly(shape: RowShape, levels: Sequence[int]) -> Iterator[str]:
                 yield f"mov.b32 {v(other, pair)}, d0;"
 
 
-def load_signs(names: str, table: str, round_index: int, shape: RowShape, index: int) -> str:
-    """Signs of a slice, as pairs of 1 and -1, into `names` 0 to 3."""
-    registers = ", ".join(f"{names}{pair}" for pair in range(PAIRS))
-    offset = (round_index * shape.slices * shape.team + index) * 512
-    return f"ld.global.nc.v4.b32 {{{registers}}}, [{table}+{offset}];"
+def load_signs(shape: RowShape, base: str) -> Iterator[str]:
+    """The signs of both rounds, from the table at `base`, into registers."""
+    words = shape.sign_words
+    yield from address("ps", base, 4, 2 * 128 * words, shape.team)
+    yield f".reg .b32 signs<{2 * words}>;"
+    for word in range(2 * words):
+        yield f"ld.global.nc.b32 signs{word}, [ps+{128 * word}];"
 
 
-def flip_and_butterfly(shape: RowShape, table: str, levels: Sequence[int]) -> Iterator[str]:
-    """Signs of the second round, then the transform over slices; they ride on its first level."""
-    if not levels:
-        for index in range(shape.slices):
-            yield load_signs("a", table, 1, shape, index)
-            for pair in range(PAIRS):
-                yield f"mul.rn.f16x2 {v(index, pair)}, {v(index, pair)}, a{pair};"
-        return
-    for index, other in combined(shape, levels[:1]):
-        yield load_signs("a", table, 1, shape, index)
-        yield load_signs("b", table, 1, shape, other)
-        for pair in range(PAIRS):
-            one, two = v(index, pair), v(other, pair)
-            yield f"mul.rn.f16x2 d0, {two}, b{pair};"
-            yield "neg.f16x2 d1, d0;"
-            yield f"fma.rn.f16x2 {two}, {one}, a{pair}, d1;"
-            yield f"fma.rn.f16x2 {one}, {one}, a{pair}, d0;"
-    yield from butterfly(shape, levels[1:])
+def flip(round_index: int, shape: RowShape, index: int) -> Iterator[str]:
+    """Give the numbers of a slice, 16 bits each, the signs of a round."""
+    for pair in range(PAIRS):
+        word, shift = divmod(index * PAIRS + pair, PAIRS_OF_A_SIGN_WORD)
+        signs = f"signs{round_index * shape.sign_words + word}"
+        if shift:
+            yield f"shl.b32 d0, {signs}, {shift};"
+            signs = "d0"
+        yield f"lop3.b32 {v(index, pair)}, {signs}, 0x80008000, {v(index, pair)}, {AND_XOR};"
 
 
 def permute_blocks(shape: RowShape, layout: Layout, *, forward: bool) -> Iterator[str]:
@@ -272,7 +286,9 @@ def between(shape: RowShape, layout: Layout, levels: Levels, *, forward: bool) -
     yield from exchange(shape, back=False)
     yield from butterfly(shape, levels.team)
     yield from permute_blocks(shape, layout, forward=forward)
-    yield from flip_and_butterfly(shape, "ps", levels.again)
+    for index in range(shape.slices):
+        yield from flip(1, shape, index)
+    yield from butterfly(shape, levels.again)
     yield from exchange(shape, back=True)
     yield from butterfly(shape, levels.last)
 

@@ -19,6 +19,7 @@ from rectokens.kernels.hadamard_ptx import (
     SECOND_STAGE,
     address,
     between,
+    flip,
     load_signs,
     prologue,
     stage,
@@ -136,10 +137,9 @@ def _look_up_bytes(index: int) -> Iterator[str]:
 
 def _store_numbers(shape: RowShape, index: int) -> Iterator[str]:
     """Signs of the first round, the norm, and both runs of a slice."""
-    yield load_signs("a", "ps", 0, shape, index)
+    yield from flip(0, shape, index)
     for pair in range(PAIRS):
-        yield f"mul.rn.f16x2 d0, {v(index, pair)}, a{pair};"
-        yield "mov.b32 {h0, h1}, d0;"
+        yield f"mov.b32 {{h0, h1}}, {v(index, pair)};"
         for half in (0, 1):
             yield f"cvt.f32.f16 e{2 * pair + half}, h{half};"
             yield f"mul.f32 e{2 * pair + half}, e{2 * pair + half}, norm;"
@@ -176,7 +176,7 @@ def decode_ptx(dim: int, block: int, bits: int, fused: Fused, team: int = 1) -> 
         # At 1 bit two lanes share a byte.
         *address("pc", "$1", bits // 2, 32 * bits * shape.slices_per_block, team, half=bits == 1),
         *address("po", "$3", 16, 1024 * shape.slices_per_block, team),
-        *address("ps", "$4", 16, 512 * slices, team),
+        *load_signs(shape, "$4"),
         *address("pt", "$5", 16, 0, 1),
     ]
     if bits == 1:

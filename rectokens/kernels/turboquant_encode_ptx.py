@@ -1,7 +1,9 @@
 """PTX that encodes one row in a warp or a few: read, measure, rotate, assign, pack, write.
 
-Rows of bfloat16 and float16 go to the first product as they come, and their norm is the diagonal
-of a product of the row with itself; only sums, in fp32, are converted.
+Rows of bfloat16 and float16 go to the first product as they come; only sums, in fp32, are
+converted. Below 8 bits, where rounding it to fp16 changes few indices, the factor that makes a row
+of bfloat16 a unit vector is part of the matrices: its power of two of the first product's, the rest
+of the second's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from rectokens.kernels.hadamard_ptx import (
     address,
     between,
     combined,
+    flip,
     load_signs,
     products,
     prologue,
@@ -23,9 +26,11 @@ from rectokens.kernels.hadamard_ptx import (
 )
 from rectokens.kernels.turboquant_assign_ptx import (
     REGISTERS,
+    assign_halves,
     assign_numbers,
     assign_pairs,
     f32,
+    half_constants,
 )
 from rectokens.kernels.warp_rows import (
     ENCODE_LAYOUT,
@@ -40,7 +45,6 @@ _SQUARES_LOW = 1e-24
 _SQUARES_HIGH = 1e30
 # fp32 rows of more slices than this are read twice: their words would not fit in registers.
 _MOST_FP32_SLICES = 16
-_CHAINS = 8
 _STORES = {1: "u8", 2: "u16", 4: "b32", 8: "v2.b32"}
 
 
@@ -63,53 +67,40 @@ def _number(index: int, place: int) -> str:
     return f"f{index * 2 * PAIRS + place}"
 
 
-def _squares_by_products(kind: str, slices: int) -> Iterator[str]:
-    """Sum of squares of a lane's share in t0.
-
-    With two registers on the left of a product and one of them on the right, the diagonal of an
-    upper or a lower half holds the sums of that one's squares; each lane holds two numbers a half.
-    """
-    product_kind = {"bf16": "bf16", "fp16": "f16"}[kind]
-    used = set()
-    for index in range(slices):
-        for pair in range(PAIRS):
-            chain = 2 * (2 * index + pair // 2) % _CHAINS + pair % 2
-            names = [f"q{4 * chain + i}" for i in range(4)]
-            plus = names if chain in used else ["zero"] * 4
-            used.add(chain)
-            left = v(index, pair & 2), v(index, pair | 1)
-            yield (
-                f"mma.sync.aligned.m16n8k8.row.col.f32.{product_kind}.{product_kind}.f32 "
-                f"{{{', '.join(names)}}}, {{{left[0]}, {left[1]}}}, {{{v(index, pair)}}}, "
-                f"{{{', '.join(plus)}}};"
-            )
-    for i in (0, 1):
-        for chain in sorted(used)[1:]:
-            yield f"add.f32 q{i}, q{i}, q{4 * chain + 2 * (chain % 2) + i};"
-    # The diagonal lies where twice the lane's column is its row, or one less.
-    yield "and.b32 t0, lane, 4;"
-    yield "setp.ne.u32 some, t0, 0;"
-    yield "selp.b32 t0, q1, q0, some;"
-    yield "and.b32 t1, lane, 3;"
-    yield "shr.b32 t2, lane, 3;"
-    yield "setp.eq.u32 some, t1, t2;"
-    yield "selp.b32 t0, t0, zero, some;"
-
-
-def _squares_of_numbers(shape: RowShape, *, reread: bool, rescale: bool) -> Iterator[str]:
+def _squares(kind: str, shape: RowShape, *, reread: bool, rescale: bool) -> Iterator[str]:
+    """Sum of squares of a lane's share in t0."""
     for chain in range(4):
         yield f"mov.b32 q{chain}, 0;"
     for index in range(shape.slices):
-        if reread:
-            yield from _load("fp32", shape, index)
-        for place in range(2 * PAIRS):
-            number, chain = _number(index, place), place % 4
-            if rescale and reread:
-                yield f"mul.f32 {number}, {number}, factor;"
-            yield f"fma.rn.f32 q{chain}, {number}, {number}, q{chain};"
+        if kind == "fp32":
+            yield from _squares_of_numbers(shape, index, reread=reread, rescale=rescale)
+            continue
+        for pair in range(PAIRS):
+            if kind == "bf16":
+                yield f"shl.b32 t1, {v(index, pair)}, 16;"
+                yield f"and.b32 t2, {v(index, pair)}, 0xffff0000;"
+            else:
+                yield f"mov.b32 {{h0, h1}}, {v(index, pair)};"
+                yield "cvt.f32.f16 t1, h0;"
+                yield "cvt.f32.f16 t2, h1;"
+            chain = 2 * (pair % 2)
+            yield f"fma.rn.f32 q{chain}, t1, t1, q{chain};"
+            yield f"fma.rn.f32 q{chain + 1}, t2, t2, q{chain + 1};"
     yield "add.f32 q0, q0, q1;"
     yield "add.f32 q2, q2, q3;"
     yield "add.f32 t0, q0, q2;"
+
+
+def _squares_of_numbers(
+    shape: RowShape, index: int, *, reread: bool, rescale: bool
+) -> Iterator[str]:
+    if reread:
+        yield from _load("fp32", shape, index)
+    for place in range(2 * PAIRS):
+        number, chain = _number(index, place), place % 4
+        if rescale and reread:
+            yield f"mul.f32 {number}, {number}, factor;"
+        yield f"fma.rn.f32 q{chain}, {number}, {number}, q{chain};"
 
 
 def _over_lanes(shape: RowShape, slot: int) -> Iterator[str]:
@@ -165,10 +156,7 @@ def _measure(kind: str, shape: RowShape, *, reread: bool) -> Iterator[str]:
     slices = shape.slices
 
     def squares(*, rescale: bool) -> Iterator[str]:
-        if kind == "fp32":
-            yield from _squares_of_numbers(shape, reread=reread, rescale=rescale)
-        else:
-            yield from _squares_by_products(kind, slices)
+        yield from _squares(kind, shape, reread=reread, rescale=rescale)
         yield from _over_lanes(shape, 2 if rescale else 0)
 
     if shape.team > 1:
@@ -212,10 +200,35 @@ def _measure(kind: str, shape: RowShape, *, reread: bool) -> Iterator[str]:
     yield "selp.b32 scale, t0, zero, some;"
 
 
+def _scaled_matrices() -> Iterator[str]:
+    """`scale` in two factors: a power of two in ga and gb, at most 2 in hc and hd."""
+    # A row of zeros has none.
+    yield f"selp.b32 scale, scale, {f32(1)}, some;"
+    yield "and.b32 t0, scale, 0x7f800000;"
+    yield "sub.u32 t0, t0, 0x01000000;"
+    yield "shr.b32 t1, t0, 16;"
+    yield "or.b32 t0, t0, t1;"
+    yield "xor.b32 ga, t0, low;"
+    yield "and.b32 t0, scale, 0x007fffff;"
+    yield "or.b32 t0, t0, 0x3e800000;"
+    yield "cvt.rn.f16x2.f32 t0, t0, t0;"
+    yield "xor.b32 hc, t0, low;"
+    yield "xor.b32 hd, hc, 0x80008000;"
+
+
 def _first_products(
-    shape: RowShape, kind: str, distances: Sequence[int], *, reread: bool
+    shape: RowShape, kind: str, distances: Sequence[int], *, reread: bool, folded: bool
 ) -> Iterator[str]:
-    """Signs of the first round and its first product; fp16 pairs come out, scaled."""
+    """Signs of the first round and its first product; fp16 pairs come out, scaled.
+
+    `folded`: by the power of two of the scale alone, which is part of the matrix.
+    """
+    if folded:
+        yield from _scaled_matrices()
+    elif kind == "bf16":
+        yield "xor.b32 ga, low, 0x3e803e80;"
+    if kind == "bf16":
+        yield "xor.b32 gb, ga, 0x80008000;"
     product_kind = "bf16" if kind == "bf16" else "f16"
     for group in combined(shape, distances):
         for index in group:
@@ -223,9 +236,7 @@ def _first_products(
                 if reread:
                     yield from _load(kind, shape, index, again=True)
                 yield from _scaled_pairs(index, reread=reread)
-            yield load_signs("a", "ps", 0, shape, index)
-            for pair in range(PAIRS):
-                yield f"mul.rn.{product_kind}x2 {v(index, pair)}, {v(index, pair)}, a{pair};"
+            yield from flip(0, shape, index)
         for pairs in FIRST_STAGE:
             outputs = [[f"e{4 * place + i}" for i in range(4)] for place in range(len(group))]
             if kind == "fp32" and len(group) == 1:
@@ -237,7 +248,7 @@ def _first_products(
                     continue
                 for order, pair in enumerate(pairs):
                     low, high = output[2 * order : 2 * order + 2]
-                    if kind != "fp32":
+                    if kind != "fp32" and not folded:
                         yield f"mul.f32 {low}, {low}, scale;"
                         yield f"mul.f32 {high}, {high}, scale;"
                     yield f"cvt.rn.f16x2.f32 {v(index, pair)}, {high}, {low};"
@@ -256,7 +267,9 @@ def _scaled_pairs(index: int, *, reread: bool) -> Iterator[str]:
 
 def _last_products(shape: RowShape, bits: int, distances: Sequence[int]) -> Iterator[str]:
     """The last product, codes and their stores."""
-    numbers = bits >= 4
+    numbers = bits == 8
+    if bits == 4:
+        yield from half_constants(shape.dim)
     for group in combined(shape, distances):
         if numbers:
             outputs = [[f"e{8 * place + i}" for i in range(8)] for place in range(len(group))]
@@ -271,7 +284,9 @@ def _last_products(shape: RowShape, bits: int, distances: Sequence[int]) -> Iter
                 yield from products(group, pairs, half, "f16")
         for index, output in zip(group, outputs, strict=True):
             if numbers:
-                yield from assign_numbers(output, bits, shape.dim)
+                yield from assign_numbers(output, shape.dim)
+            elif bits == 4:
+                yield from assign_halves(output)
             else:
                 yield from assign_pairs(output, bits, shape.dim)
             value = "{d0, d1}" if bits == 8 else "d0"
@@ -304,25 +319,28 @@ def encode_ptx(
     shape = RowShape(dim, block, team)
     slices = shape.slices
     reread = kind == "fp32" and slices > _MOST_FP32_SLICES
+    folded = kind == "bf16" and bits < 8
     levels = Levels.of(shape, fused)
     number_bytes = 4 if kind == "fp32" else 2
     lines = [
         *prologue(),
         REGISTERS,
-        f".reg .b32 v<{slices * PAIRS}>, q<{4 * _CHAINS}>;",
+        f".reg .b32 v<{slices * PAIRS}>, q<4>;",
         ".reg .b32 squares, back, factor, peak, scale;",
+        ".reg .b16 h0, h1;",
         f".reg .b32 f<{slices * 2 * PAIRS}>;",
         ".reg .pred some;",
         *address("px", "$1", 8 * number_bytes, SLICE * number_bytes * shape.slices_per_block, team),
         *address("po", "$2", bits, 32 * bits * shape.slices_per_block, team),
-        *address("ps", "$4", 16, 512 * slices, team),
+        *load_signs(shape, "$4"),
     ]
     if not reread:
         for index in range(slices):
             lines += _load(kind, shape, index)
     lines += _measure(kind, shape, reread=reread)
-    lines += _first_products(shape, kind, levels.products[0], reread=reread)
-    lines += stage(shape, SECOND_STAGE, levels.products[1], wide=wide)
+    lines += _first_products(shape, kind, levels.products[0], reread=reread, folded=folded)
+    second = "scaled" if folded else "f16"
+    lines += stage(shape, SECOND_STAGE, levels.products[1], wide=wide, kind=second)
     lines += between(shape, ENCODE_LAYOUT, levels, forward=True)
     lines += stage(shape, SECOND_STAGE, levels.products[2], wide=wide)
     lines += _last_products(shape, bits, levels.products[3])

@@ -26,6 +26,7 @@ from rectokens.kernels.warp_rows import (
     DECODE_LAYOUT,
     ENCODE_LAYOUT,
     PAIRS,
+    PAIRS_OF_A_SIGN_WORD,
     SLICE,
     Fused,
     Layout,
@@ -124,14 +125,12 @@ def _after_permutation(rotation: Rotation, values: np.ndarray) -> np.ndarray:
     return np.asarray(blocks[(block + index) % rotation.num_blocks, index].reshape(-1))
 
 
-def lane_signs(
-    rotation: Rotation, layout: Layout, team: int, *, first: torch.dtype = torch.float16
-) -> Tensor:
-    """Signs as lanes hold them: 1 or -1 `(2, slices of a row, 32, 2 * PAIRS)` by round, 16 bits.
+def lane_signs(rotation: Rotation, layout: Layout, team: int) -> Tensor:
+    """Signs as lanes hold them, bits that are 1 for -1: int32 `(team, 2, words, 32)` by round.
 
-    Slices are those of the first warp, then the next; in the second round as they lie after the
-    exchange. The first round's are of dtype `first`, the second's fp16; the result is their bits as
-    int16. In the order of decoding the second round's apply once the permutation is undone.
+    Of the warp's pair 16 * word + k the first number has bit 15 - k, the second bit 31 - k. In the
+    second round slices are those that a warp has after the exchange. In the order of decoding the
+    second round's apply once the permutation is undone.
     """
     shape = RowShape(rotation.dim, rotation.block, team)
     local = range(shape.slices)
@@ -139,21 +138,25 @@ def lane_signs(
     after = [
         shape.exchanged_place(i) + warp * shape.exchanged for warp in range(team) for i in local
     ]
-    tables = []
-    for round_index, dtype, order in ((0, first, there), (1, torch.float16, after)):
+    table = np.zeros((team, 2, shape.sign_words * PAIRS_OF_A_SIGN_WORD, 32), np.uint32)
+    places = np.arange(shape.slices * PAIRS) % PAIRS_OF_A_SIGN_WORD
+    lower = np.uint32(1) << (15 - places).astype(np.uint32)[:, None]
+    for round_index, order in enumerate((there, after)):
         values = np.asarray(signs(rotation.seed, round_index, rotation.dim), np.float32)
         if layout is DECODE_LAYOUT and round_index == 1:
             values = _after_permutation(rotation, values)
-        lanes = np.ascontiguousarray(_in_lanes(values, layout)[order])
-        tables.append(torch.from_numpy(lanes).to(dtype).view(torch.int16))
-    return torch.stack(tables)
+        lanes = _in_lanes(values, layout)[order].reshape(team, shape.slices, 32, PAIRS, 2)
+        first, second = (lanes < 0).transpose(4, 0, 1, 3, 2).reshape(2, team, -1, 32)
+        table[:, round_index, : len(places)] = first * lower | second * (lower << np.uint32(16))
+    words = np.bitwise_or.reduce(table.reshape(team, 2, shape.sign_words, -1, 32), axis=3)
+    return torch.from_numpy(words.view(np.int32))
 
 
 @dataclass(frozen=True)
 class WarpTables:
     """What these kernels read, on one device; see `lane_signs`. `centroids`: fp16 `(256,)`."""
 
-    encode: dict[torch.dtype, Tensor]
+    encode: Tensor
     decode: Tensor
     centroids: Tensor
 
@@ -163,11 +166,8 @@ def warp_tables(rotation: Rotation, bits: int, device: torch.device, team: int =
     centroids = torch.zeros(256, dtype=torch.float16)
     centroids[: 1 << bits] = torch.from_numpy(float32_centroids(rotation.dim, bits)).half()
     team = team or team_of(rotation)
-    half = lane_signs(rotation, ENCODE_LAYOUT, team).to(device)
-    # A row of bfloat16 meets its first signs as it is.
-    brain = lane_signs(rotation, ENCODE_LAYOUT, team, first=torch.bfloat16).to(device)
     return WarpTables(
-        {torch.bfloat16: brain, torch.float16: half, torch.float32: half},
+        lane_signs(rotation, ENCODE_LAYOUT, team).to(device),
         lane_signs(rotation, DECODE_LAYOUT, team).to(device),
         centroids.to(device),
     )
@@ -216,7 +216,7 @@ def launch_encode(
             x,
             packed,
             norms,
-            tables.encode[x.dtype],
+            tables.encode,
             len(x),
             x.stride(0),
             encode_gain(rotation, bits),

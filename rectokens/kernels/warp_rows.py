@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 PAIRS = 4
 SLICE = 256
+# Pairs whose signs are in one register.
+PAIRS_OF_A_SIGN_WORD = 16
 MAX_SLICES = 32
 MAX_ROW = 16384
 MAX_BLOCKS = 16
@@ -31,6 +33,11 @@ class RowShape:
     def slices(self) -> int:
         """Slices that a warp holds."""
         return self.dim // SLICE // self.team
+
+    @property
+    def sign_words(self) -> int:
+        """Registers that hold a lane's signs of a round."""
+        return -(-self.slices * PAIRS // PAIRS_OF_A_SIGN_WORD)
 
     @property
     def slices_per_block(self) -> int:

@@ -127,6 +127,7 @@ OPERATIONS = {
     "cvt.rn.f16x2.f32": lambda high, low: pair(low.view(F32), high.view(F32)),
     "add.rn.f16x2": pairwise(lambda a, b: a + b), "sub.rn.f16x2": pairwise(lambda a, b: a - b),
     "mul.rn.f16x2": pairwise(lambda a, b: a * b), "neg.f16x2": pairwise(lambda a: -a),
+    "min.xorsign.abs.f16x2": pairwise(least_magnitude),
     "fma.rn.f16x2": pairwise(lambda a, b, c: a * b + c), "abs.f16x2": pairwise(np.abs),
     "set.le.u32.f16x2": pairwise(lambda a, b: a <= b, "mask"),
     "set.gt.u32.f16x2": pairwise(lambda a, b: a > b, "mask"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rectokens._turboquant.assign import float32_boundaries
 from rectokens._turboquant.codec import (
     Rotation,
     block_rotation,
@@ -13,7 +14,7 @@ from rectokens._turboquant.codec import (
 )
 from rectokens._turboquant.packing import unpack
 from rectokens._turboquant.signs import signs
-from rectokens.kernels.turboquant_assign_ptx import index_polynomial, limit
+from rectokens.kernels.turboquant_assign_ptx import half_index, index_polynomial, limit
 from rectokens.kernels.turboquant_decode_ptx import decode_ptx
 from rectokens.kernels.turboquant_encode_ptx import encode_ptx
 from rectokens.kernels.turboquant_warp_launch import (
@@ -32,7 +33,7 @@ from rectokens.kernels.warp_rows import (
     fits,
 )
 from rectokens.turboquant import TurboQuantMSE, quantizer_for
-from tests.rectokens.kernels.ptx_warp import run
+from tests.rectokens.kernels.ptx_warp import Warp, run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_DIFFERING = {1: 0.004, 2: 0.004, 4: 0.006, 8: 0.04}
@@ -81,9 +82,7 @@ def encode_row(x, bits, kind, seed=42, fused=None, team=None):
     fused, team = fused or settings.fused, team or settings.team
     tables = warp_tables(rotation, bits, torch.device("cpu"), team)
     size = packed_dim(dim, bits)
-    places = addresses(
-        memory.put(x), memory.room(size), memory.room(4), memory.put(tables.encode[x.dtype])
-    )
+    places = addresses(memory.put(x), memory.room(size), memory.room(4), memory.put(tables.encode))
     operands = dict(enumerate(places, 1)) | {
         5: np.full(32, encode_gain(rotation, bits), np.float32)
     }
@@ -204,40 +203,77 @@ def test_rows_that_warps_share(dim, bits, team):
     assert (restored - exact).norm() / exact.norm() < 1e-3
 
 
+@pytest.mark.parametrize("team", [1, 2])
 @pytest.mark.parametrize("layout", [ENCODE_LAYOUT, DECODE_LAYOUT])
-def test_lane_signs_are_a_rearrangement_of_the_signs(layout):
-    table = lane_signs(hadamard_rotation(2048, 42), layout, 1)
-    lanes = table.view(torch.float16).reshape(2, 8, 32, 8).numpy()
-    for round_index in (0, 1):
-        expected = signs(42, round_index, 2048)
-        for lane, pair, half in ((0, 0, 0), (5, 1, 1), (31, 2, 0), (17, 3, 1)):
-            place = layout.element(lane, pair) + half
-            assert lanes[round_index, 3, lane, 2 * pair + half] == expected[3 * SLICE + place]
+def test_lane_signs_are_a_rearrangement_of_the_signs(layout, team):
+    words = lane_signs(hadamard_rotation(2048, 42), layout, team).numpy().view(np.uint32)
+    assert words.shape == (team, 2, 2 // team, 32)
+    negative = signs(42, 0, 2048) < 0
+    for warp, index, lane, pair, half in (
+        (0, 0, 0, 0, 0),
+        (team - 1, 3, 5, 1, 1),
+        (0, 2, 31, 3, 0),
+    ):
+        element = (warp * 8 // team + index) * SLICE + layout.element(lane, pair) + half
+        word, place = divmod(4 * index + pair, 16)
+        assert words[warp, 0, word, lane] >> (15 - place + 16 * half) & 1 == negative[element]
+    assert np.bitwise_count(words[:, 0]).sum() == negative.sum()
+    assert np.bitwise_count(words[:, 1]).sum() == (signs(42, 1, 2048) < 0).sum()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dim", [512, 1536, 2560, 4096, 16384])
-def test_the_polynomial_gives_the_index(dim, bits):
-    """One rounded-up evaluation in float32, as the kernel does it, against the definition."""
-    from rectokens._turboquant.assign import float32_boundaries
-
-    boundaries = float32_boundaries(dim, bits)
-    coefficients = index_polynomial(dim, bits)
+def test_the_polynomial_gives_the_index(dim):
+    """One rounded-up evaluation in float32, as the kernel does it at 8 bits, and the definition."""
+    boundaries = float32_boundaries(dim, 8)
+    coefficients = index_polynomial(dim)
     every = np.linspace(-1.5 * boundaries[-1], 1.5 * boundaries[-1], 100_001, dtype=np.float32)
     gaussian = np.random.default_rng(dim).standard_normal(200_000).astype(np.float32)
     both = np.concatenate([-boundaries[::-1], [0], boundaries])
     for values, most in ((every, 0.005), (gaussian, 0.0005)):
-        inside = np.clip(values, -limit(dim, bits), limit(dim, bits))
+        inside = np.clip(values, -limit(dim), limit(dim))
         square = inside * inside
         sums = np.full_like(inside, coefficients[-1])
         for coefficient in coefficients[-2::-1]:
             sums = sums * square + coefficient
-        index = np.ceil(sums.astype(np.float64) * inside).astype(int) + (1 << bits - 1) - 1
+        index = np.ceil(sums.astype(np.float64) * inside).astype(int) + 127
         expected = np.searchsorted(both, values, side="left")
         assert np.abs(index - expected).max() <= 1
         assert (index != expected).mean() < most
         assert index.min() >= 0
-        assert index.max() < 1 << bits
+        assert index.max() < 256
+
+
+@pytest.mark.parametrize("dim", [512, 1536, 2560, 4096, 16384])
+def test_fp16_gives_the_index_of_four_bits(dim):
+    index = half_index(dim)
+    boundaries = float32_boundaries(dim, 4)
+    both = np.concatenate([-boundaries[::-1], [0], boundaries])
+    gaussian = np.random.default_rng(dim).standard_normal(400_000)
+    wide = np.random.default_rng(dim).standard_normal(100_000) * 100
+    for values, most in ((gaussian, 0.0015), (wide, 0.0005)):
+        codes = index.codes((values * index.scale).astype(np.float16).astype(np.float64))
+        expected = np.searchsorted(both, values.astype(np.float32), side="left")
+        assert np.abs(codes - expected).max() <= 1
+        assert (codes != expected).mean() < most
+    # Zero has the lower code of the middle.
+    assert index.codes(np.array([-1e-3, -0.0, 0.0, 1e-3])).tolist() == [7, 7, 7, 8]
+
+
+def test_instructions_give_the_index_of_every_fp16_number():
+    from rectokens.kernels.turboquant_assign_ptx import assign_halves, half_constants
+
+    index = half_index(4096)
+    numbers = np.arange(1 << 16, dtype=np.uint16)
+    numbers = numbers[np.isfinite(numbers.view(np.float16))].reshape(-1, 32, 4, 2)
+    text = "\n".join([*half_constants(4096), *assign_halves(["v0", "v1", "v2", "v3"])])
+    for lanes in numbers:
+        warp = Warp(np.zeros(4, np.uint8), np.zeros(4, np.uint8), {}, 0)
+        for pair in range(4):
+            warp.registers[f"v{pair}"] = np.ascontiguousarray(lanes[:, pair]).view(np.uint32)[:, 0]
+        assert list(warp.run(text)) == []
+        expected = index.codes(lanes.view(np.float16).astype(np.float64)).reshape(32, 8)
+        found = warp.registers["d0"][:, None] >> 4 * np.arange(8, dtype=np.uint32) & 15
+        assert np.array_equal(found, expected)
 
 
 def test_sizes_that_a_warp_holds():
