@@ -71,7 +71,7 @@ def load_engine(
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{model_dir} holds no causal LM that can be loaded: {error}") from error
     on_cuda = torch.device(device).type == "cuda"
     model = model.to(device)
