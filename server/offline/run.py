@@ -133,7 +133,7 @@ def _asked(
         "catalog_version": release.catalog.version,
         # Sums are rounded differently in another type, and in batches of another shape.
         "device": settings.device,
-        "dtype": settings.dtype,
+        "dtype": "fp8" if settings.engine.fp8 else settings.dtype,
         "batching": {
             "max_requests": batching.max_requests,
             "max_beam_rows": batching.max_beam_rows,

@@ -253,10 +253,14 @@ def test_another_run_s_folder_is_left_alone(tmp_path: Path, dummy: Any, settings
     run(users, out, release, settings)
     before = contents(out)
     other = load_settings({"defaults.top_k": 3})
+    rounded = settings.model_copy(
+        update={"engine": settings.engine.model_copy(update={"fp8": True})}
+    )
     for change, message in [
         (lambda: run(users, out, release, settings, seed=8), "seed was 7 and is 8"),
         (lambda: run(users, out, release, settings, shard_rows=3), "shard_rows was 10 and is 3"),
         (lambda: run(users, out, release, other), "defaults was"),
+        (lambda: run(users, out, release, rounded), "dtype was 'auto' and is 'fp8'"),
         (
             lambda: run(users, out, dummy.make_release(model_version="b"), settings),
             "model_version was 'model0000000000a' and is 'b'",
