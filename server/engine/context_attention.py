@@ -308,7 +308,7 @@ def _shared_context_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     mode = _mode.get()
     if mode is not None:
         window = kwargs.get("local_size")
-        if isinstance(mode, _Prefill) and window is not None:
+        if isinstance(mode, _Prefill) and window:  # one of 0 is none
             mode.windows_masked.add(int(window))
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)

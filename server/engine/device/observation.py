@@ -120,7 +120,7 @@ def _noting_attention(model: Any, seen: Observed) -> Iterator[None]:
         return found
 
     def noting_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        if kwargs.get("local_size") is not None:
+        if kwargs.get("local_size"):  # a window of 0 is none
             seen.mask_windows.add(int(kwargs["local_size"]))
         mask: Tensor | None = sdpa_mask(*args, **kwargs)
         return mask

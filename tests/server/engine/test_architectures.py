@@ -54,6 +54,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {"head_dim": 8, **EXPERTS},
+    # Says that it has a window of 0 where it has none.
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "llama": {},
     "mistral": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4},
