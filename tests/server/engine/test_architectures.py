@@ -123,12 +123,12 @@ def requests() -> list[SearchRequest]:
 
 
 def check(engine: Any, model: Any) -> None:
-    batch = requests()
+    batch, trie = requests(), TRIE.to(model.device)
     reference = ReferenceSearch(model, TOKENS, ITEMS)
     expected = [reference.search(request) for request in batch]
     # The second time, prompts may come from the cache.
     for _ in range(2):
-        for found, right in zip(engine.search(batch, TRIE).results, expected, strict=True):
+        for found, right in zip(engine.search(batch, trie).results, expected, strict=True):
             assert_same(found, right, atol=1e-4)
 
 
