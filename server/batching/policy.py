@@ -9,7 +9,7 @@ from server.batching.cost import BatchCost, BatchShape
 
 # A batch that takes so long grows no more once company saves no more than so small a part of it:
 # its answers would come later, and all at once, for nothing.
-_LONG_S, _LITTLE = 0.06, 0.06
+_LONG_S, _LITTLE = 0.06, 0.08
 _ROUNDING = 1e-12  # relative
 
 

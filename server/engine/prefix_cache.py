@@ -198,15 +198,16 @@ class PrefixCache:
             return
         lease._committed = True
         first = lease.cached_tokens // self.page_size
+        found = set()
         for digest, page in list(zip(lease._digests, lease.pages, strict=False))[first:]:
-            known = self._page_of.get(digest)
-            if known is None:
-                self._page_of[digest], self._digest_of[page] = page, digest
-                lease._private.remove(page)
-                known = page
             # Another prompt may have been first. Its page counts as used by this one as well, or
             # it could be evicted before its continuations.
+            known = self._page_of.setdefault(digest, page)
+            if known == page:
+                self._digest_of[page] = digest
+                found.add(page)
             self._share(known, lease)
+        lease._private = [page for page in lease._private if page not in found]
 
     def release(self, lease: Lease) -> None:
         """Give the pages back: findable ones stay cached, the others become free.

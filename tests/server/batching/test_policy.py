@@ -198,12 +198,12 @@ def test_a_wide_beam_does_not_pad_the_narrow_ones():
 def test_a_long_batch_grows_while_that_saves_something():
     roomy = BatchLimits(100, 100_000, 100_000)
     queue = [waiting(i) for i in range(40)]
-    # 8 ms each; 2 ms a batch, then 20.
+    # 8 ms each; 2 ms a batch, then 50.
     cost = BatchCost(fixed_s=0.002, token_s=0.0008, padded_token_s=0.0, row_s=0.0)
     decision = form_batch(queue, roomy, 0.0, cost)
     assert decision.run == tuple(range(8))
     assert decision.full
-    decision = form_batch(queue, roomy, 0.0, replace(cost, fixed_s=0.02))
+    decision = form_batch(queue, roomy, 0.0, replace(cost, fixed_s=0.05))
     assert decision.run == tuple(range(40))
     # Short ones cost nobody time.
     quick = BatchCost(fixed_s=0.0, token_s=0.0001, padded_token_s=0.0, row_s=0.0)
