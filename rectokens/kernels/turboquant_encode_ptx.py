@@ -1,9 +1,9 @@
 """PTX that encodes one row in a warp or a few: read, measure, rotate, assign, pack, write.
 
-Rows of bfloat16 and float16 go to the first product as they come; only sums, in fp32, are
-converted. Below 8 bits, where rounding it to fp16 changes few indices, the factor that makes a row
-of bfloat16 a unit vector is part of the matrices: its power of two of the first product's, the rest
-of the second's.
+Rows of bfloat16 and float16 go to the first product as they come, and their norm is the diagonal
+of a product of the row with itself; only sums, in fp32, are converted. Below 8 bits, where rounding
+it to fp16 changes few indices, the factor that makes a row of bfloat16 a unit vector is part of the
+matrices: its power of two of the first product's, the rest of the second's.
 """
 
 from __future__ import annotations
@@ -67,40 +67,50 @@ def _number(index: int, place: int) -> str:
     return f"f{index * 2 * PAIRS + place}"
 
 
-def _squares(kind: str, shape: RowShape, *, reread: bool, rescale: bool) -> Iterator[str]:
-    """Sum of squares of a lane's share in t0."""
+def _squares_by_products(kind: str, slices: int) -> Iterator[str]:
+    """Sum of squares of a lane's share in t0.
+
+    With two registers on the left of a product and one of them on the right, the diagonal of an
+    upper or a lower half holds the sums of that one's squares; each lane holds two numbers a half.
+    """
+    product_kind = {"bf16": "bf16", "fp16": "f16"}[kind]
+    for index in range(slices):
+        for pair in range(PAIRS):
+            names = [f"q{4 * pair + i}" for i in range(4)]
+            plus = names if index else ["zero"] * 4
+            left = v(index, pair & 2), v(index, pair | 1)
+            yield (
+                f"mma.sync.aligned.m16n8k8.row.col.f32.{product_kind}.{product_kind}.f32 "
+                f"{{{', '.join(names)}}}, {{{left[0]}, {left[1]}}}, {{{v(index, pair)}}}, "
+                f"{{{', '.join(plus)}}};"
+            )
+    for i in (0, 1):
+        for pair in range(1, PAIRS):
+            yield f"add.f32 q{i}, q{i}, q{4 * pair + 2 * (pair % 2) + i};"
+    # The diagonal lies where twice the lane's column is its row, or one less.
+    yield "and.b32 t0, lane, 4;"
+    yield "setp.ne.u32 some, t0, 0;"
+    yield "selp.b32 t0, q1, q0, some;"
+    yield "and.b32 t1, lane, 3;"
+    yield "shr.b32 t2, lane, 3;"
+    yield "setp.eq.u32 some, t1, t2;"
+    yield "selp.b32 t0, t0, zero, some;"
+
+
+def _squares_of_numbers(shape: RowShape, *, reread: bool, rescale: bool) -> Iterator[str]:
     for chain in range(4):
         yield f"mov.b32 q{chain}, 0;"
     for index in range(shape.slices):
-        if kind == "fp32":
-            yield from _squares_of_numbers(shape, index, reread=reread, rescale=rescale)
-            continue
-        for pair in range(PAIRS):
-            if kind == "bf16":
-                yield f"shl.b32 t1, {v(index, pair)}, 16;"
-                yield f"and.b32 t2, {v(index, pair)}, 0xffff0000;"
-            else:
-                yield f"mov.b32 {{h0, h1}}, {v(index, pair)};"
-                yield "cvt.f32.f16 t1, h0;"
-                yield "cvt.f32.f16 t2, h1;"
-            chain = 2 * (pair % 2)
-            yield f"fma.rn.f32 q{chain}, t1, t1, q{chain};"
-            yield f"fma.rn.f32 q{chain + 1}, t2, t2, q{chain + 1};"
+        if reread:
+            yield from _load("fp32", shape, index)
+        for place in range(2 * PAIRS):
+            number, chain = _number(index, place), place % 4
+            if rescale and reread:
+                yield f"mul.f32 {number}, {number}, factor;"
+            yield f"fma.rn.f32 q{chain}, {number}, {number}, q{chain};"
     yield "add.f32 q0, q0, q1;"
     yield "add.f32 q2, q2, q3;"
     yield "add.f32 t0, q0, q2;"
-
-
-def _squares_of_numbers(
-    shape: RowShape, index: int, *, reread: bool, rescale: bool
-) -> Iterator[str]:
-    if reread:
-        yield from _load("fp32", shape, index)
-    for place in range(2 * PAIRS):
-        number, chain = _number(index, place), place % 4
-        if rescale and reread:
-            yield f"mul.f32 {number}, {number}, factor;"
-        yield f"fma.rn.f32 q{chain}, {number}, {number}, q{chain};"
 
 
 def _over_lanes(shape: RowShape, slot: int) -> Iterator[str]:
@@ -156,7 +166,10 @@ def _measure(kind: str, shape: RowShape, *, reread: bool) -> Iterator[str]:
     slices = shape.slices
 
     def squares(*, rescale: bool) -> Iterator[str]:
-        yield from _squares(kind, shape, reread=reread, rescale=rescale)
+        if kind == "fp32":
+            yield from _squares_of_numbers(shape, reread=reread, rescale=rescale)
+        else:
+            yield from _squares_by_products(kind, slices)
         yield from _over_lanes(shape, 2 if rescale else 0)
 
     if shape.team > 1:
@@ -325,9 +338,8 @@ def encode_ptx(
     lines = [
         *prologue(),
         REGISTERS,
-        f".reg .b32 v<{slices * PAIRS}>, q<4>;",
+        f".reg .b32 v<{slices * PAIRS}>, q<{4 * PAIRS}>;",
         ".reg .b32 squares, back, factor, peak, scale;",
-        ".reg .b16 h0, h1;",
         f".reg .b32 f<{slices * 2 * PAIRS}>;",
         ".reg .pred some;",
         *address("px", "$1", 8 * number_bytes, SLICE * number_bytes * shape.slices_per_block, team),

@@ -36,8 +36,12 @@ from rectokens.kernels.warp_rows import (
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BITS = (1, 2, 4, 8)
-# Slices that a warp holds at best: fewer registers, so that more rows are in flight.
-_SLICES = 8
+# Slices that a warp holds at best: with fewer, more rows are in flight and each is done sooner, but
+# warps exchange more. Rows of 16-bit numbers need fewer registers.
+_SLICES = 4
+_SLICES_OF_16_BITS = 8
+# More than four warps pay where the work on a number is largest: encoding to 8 bits, and decoding.
+_TEAM_BELOW_8_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,21 @@ class WarpSettings:
     wide: bool = False
 
 
-def team_of(rotation: Rotation) -> int:
-    """Warps that hold a row: as many as leave each `_SLICES` slices, if so many can; 0 if none."""
-    teams = [team for team in (1, 2, 4) if fits(rotation.dim, rotation.block, team)]
-    enough = (team for team in teams if rotation.dim <= team * _SLICES * SLICE)
+def team_of(rotation: Rotation, slices: int = _SLICES) -> int:
+    """Warps that hold a row: as many as leave each so many slices, if so many can; 0 if none."""
+    teams = [team for team in (1, 2, 4, 8) if fits(rotation.dim, rotation.block, team)]
+    enough = (team for team in teams if rotation.dim <= team * slices * SLICE)
     return next(enough, teams[-1] if teams else 0)
 
 
-def encode_settings(rotation: Rotation, bits: int) -> WarpSettings:
-    """The fastest measured settings; at 8 bits, with as few roundings as the indices need."""
-    team = team_of(rotation)
+def encode_settings(rotation: Rotation, bits: int, dtype: torch.dtype) -> WarpSettings:
+    """The fastest measured settings; at 8 bits, with as few roundings as the indices need.
+
+    They do not depend on the number of rows: a row's bytes are the same in any batch.
+    """
+    team = team_of(rotation, _SLICES if dtype == torch.float32 else _SLICES_OF_16_BITS)
     if bits < 8:
+        team = min(team, _TEAM_BELOW_8_BITS)
         return WarpSettings(1, team, (0, 0, 0, 0))
     if rotation.block <= 4096:
         return WarpSettings(1, team, (1, 0, 0, 1))
@@ -154,21 +162,24 @@ def lane_signs(rotation: Rotation, layout: Layout, team: int) -> Tensor:
 
 @dataclass(frozen=True)
 class WarpTables:
-    """What these kernels read, on one device; see `lane_signs`. `centroids`: fp16 `(256,)`."""
+    """What these kernels read, on one device; see `lane_signs`. `centroids`: fp16 `(256,)`.
 
-    encode: Tensor
+    Signs for encoding are by the number of warps that hold a row.
+    """
+
+    encode: dict[int, Tensor]
     decode: Tensor
     centroids: Tensor
 
 
 def warp_tables(rotation: Rotation, bits: int, device: torch.device, team: int = 0) -> WarpTables:
-    """Build the tables on `device`, for the default team unless another is asked for."""
+    """Build the tables on `device`, for the default teams unless another is asked for."""
     centroids = torch.zeros(256, dtype=torch.float16)
     centroids[: 1 << bits] = torch.from_numpy(float32_centroids(rotation.dim, bits)).half()
-    team = team or team_of(rotation)
+    teams = {team} if team else {encode_settings(rotation, bits, t).team for t in _KINDS}
     return WarpTables(
-        lane_signs(rotation, ENCODE_LAYOUT, team).to(device),
-        lane_signs(rotation, DECODE_LAYOUT, team).to(device),
+        {each: lane_signs(rotation, ENCODE_LAYOUT, each).to(device) for each in teams},
+        lane_signs(rotation, DECODE_LAYOUT, team or team_of(rotation)).to(device),
         centroids.to(device),
     )
 
@@ -208,7 +219,7 @@ def launch_encode(
         norms: float32 `(n,)`, contiguous, written; not finite for rows that are not.
         settings: launch settings other than the default ones.
     """
-    settings = settings or encode_settings(rotation, bits)
+    settings = settings or encode_settings(rotation, bits, x.dtype)
     kernels = _kernels()
     assert kernels is not None
     with on_device(x.device):
@@ -216,7 +227,7 @@ def launch_encode(
             x,
             packed,
             norms,
-            tables.encode,
+            tables.encode[settings.team],
             len(x),
             x.stride(0),
             encode_gain(rotation, bits),

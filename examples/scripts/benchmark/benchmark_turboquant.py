@@ -5,9 +5,10 @@
 Before any time is taken, codes and decoded rows of that size are compared with the CPU path on
 fresh random rows; a difference beyond the stated rate ends the run. On CUDA a time is that of one
 launch inside a replayed graph of launches over several sets of buffers, so that caches hold no
-row; elsewhere it is the median of plain calls. Bytes are those an ideal kernel moves: each row
-read once, packed bytes and norms written once (or the reverse). ``share`` is bytes per second over
-the measured copy rate, which counts bytes read and written.
+row, once the device has been busy for 20 ms; elsewhere it is the median of plain calls. Bytes are
+those an ideal kernel moves: each row read once, packed bytes and norms written once (or the
+reverse). ``share`` is bytes per second over the measured copy rate, which counts bytes read and
+written.
 
 Arms: ``kernel``, what the library uses; ``dense``, the rotation alone as one matrix product in the
 rows' type, without norm, assignment or packing; ``two-step``, norms, two Hadamard transforms,
@@ -52,6 +53,8 @@ ROWS = (1, 8, 64, 256, 1024, 4096, 8192, 16384, 65536)
 MAX_DIFFERING = {1: 0.001, 2: 0.001, 4: 0.003, 8: 0.03}
 _CHECKED_ELEMENTS = 1 << 18
 _LAUNCHES = 16
+# An idle device needs some work before its clocks are what they are under load.
+_WARM_UP_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ def timed(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int
     with torch.cuda.graph(graph):
         for call in itertools.islice(itertools.cycle(calls), _LAUNCHES):
             call()
+    until = time.perf_counter() + _WARM_UP_S
+    while time.perf_counter() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

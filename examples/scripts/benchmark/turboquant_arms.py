@@ -146,7 +146,7 @@ def warp_arms(dim: int, bits: int, sets: list[Buffers]) -> Iterator[Arm]:
     )
 
     rotation = rotation_of(dim)
-    for team, rows in ((1, 1), (1, 2), (1, 4), (2, 1), (4, 1)):
+    for team, rows in ((1, 1), (1, 2), (1, 4), (2, 1), (4, 1), (8, 1)):
         if not fits(dim, rotation.block, team):
             continue
         tables = launch.warp_tables(rotation, bits, sets[0].x.device, team)

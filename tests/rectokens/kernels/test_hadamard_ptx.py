@@ -78,11 +78,13 @@ def encode_row(x, bits, kind, seed=42, fused=None, team=None):
     dim = len(x)
     rotation = rotation_of(dim, seed)
     memory = Memory()
-    settings = encode_settings(rotation, bits)
+    settings = encode_settings(rotation, bits, x.dtype)
     fused, team = fused or settings.fused, team or settings.team
     tables = warp_tables(rotation, bits, torch.device("cpu"), team)
     size = packed_dim(dim, bits)
-    places = addresses(memory.put(x), memory.room(size), memory.room(4), memory.put(tables.encode))
+    places = addresses(
+        memory.put(x), memory.room(size), memory.room(4), memory.put(tables.encode[team])
+    )
     operands = dict(enumerate(places, 1)) | {
         5: np.full(32, encode_gain(rotation, bits), np.float32)
     }
@@ -188,7 +190,15 @@ def test_decode(dim, bits):
 
 @pytest.mark.parametrize(
     ("dim", "bits", "team"),
-    [(16384, 4, 2), (16384, 8, 4), (12288, 1, 2), (12288, 8, 4), (10240, 4, 2), (4096, 2, 4)],
+    [
+        (16384, 4, 2),
+        (16384, 8, 4),
+        (16384, 4, 8),
+        (12288, 1, 2),
+        (12288, 8, 4),
+        (10240, 4, 2),
+        (4096, 2, 4),
+    ],
 )
 def test_rows_that_warps_share(dim, bits, team):
     quantizer = quantizer_for(dim, bits, codec_for(dim))
@@ -280,5 +290,9 @@ def test_sizes_that_a_warp_holds():
     held = [512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 7168, 8192]
     assert all(fits(dim, dim & -dim) for dim in held)
     assert not any(fits(dim, dim & -dim) for dim in (128, 256, 640, 1152, 12288, 16384))
-    teams = {16384: 4, 12288: 4, 10240: 2, 9216: 2, 8704: 0, 32768: 0, 8192: 4, 4096: 2, 2048: 1}
+    teams = {16384: 8, 12288: 4, 10240: 2, 9216: 2, 8704: 0, 32768: 0, 4096: 4, 2048: 2, 1024: 1}
     assert {dim: team_of(Rotation(dim, dim & -dim, 42)) for dim in teams} == teams
+    # Rows of 16-bit numbers are held by fewer warps.
+    for dim, bits, team in ((1024, 4, 1), (2048, 4, 1), (4096, 8, 2), (16384, 4, 4), (16384, 8, 8)):
+        settings = encode_settings(hadamard_rotation(dim, 42), bits, torch.bfloat16)
+        assert settings.team == team

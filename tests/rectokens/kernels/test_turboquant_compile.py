@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -224,7 +225,8 @@ def compile_warp_encode(dim, bits, kind, tmp_path):
         "gain": "fp32",
     }
     rotation = rotation_of(dim)
-    settings = encode_warp_settings(rotation, bits)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
+    settings = encode_warp_settings(rotation, bits, dtype)
     text = encode_ptx(dim, rotation.block, bits, kind, settings.fused, settings.team, settings.wide)
     constants = {"ROW_BYTES": dim * bits // 8, "PTX": text}
     kernel = turboquant_warp.encode_warp_kernel
