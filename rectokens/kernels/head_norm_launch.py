@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels.compile_ahead import launcher
-from rectokens.kernels.head_norm_triton import linear_logsumexp_kernel
+from rectokens.kernels.head_norm_triton import join_parts_kernel, linear_logsumexp_kernel
 from rectokens.kernels.launch_device import on_device
 from rectokens.kernels.optional_triton import triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_JOINED = (16, 64)  # rows of a program that joins parts, and parts it takes at a time
 _PROGRAMS = 264  # two for each multiprocessor of the largest devices; more parts would idle
 
 
@@ -33,7 +34,7 @@ def launch_linear_logsumexp(
     factor: float,
     softcap: float | None,
 ) -> Tensor:
-    """float32 (R,), for the rows of requests that want it; any value for the others.
+    """float32 (R,), for the rows of requests that want it; 0 for the others.
 
     Args:
         x: (R, H), H contiguous.
@@ -51,16 +52,18 @@ def launch_linear_logsumexp(
     tiles = triton.cdiv(outputs, block_n)
     tiles_each = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // row_tiles)))
     parts = triton.cdiv(tiles, tiles_each)
-    out = x.new_zeros((parts, rows), dtype=torch.float32)
+    found = x.new_empty((parts, rows), dtype=torch.float32)
+    out = x.new_empty(rows, dtype=torch.float32)
+    each = rows // kinds.shape[0]
     with on_device(x.device):
         launcher(linear_logsumexp_kernel, (row_tiles, parts))(
             x,
             weight,
             weight if bias is None else bias,
             kinds,
-            out,
+            found,
             rows,
-            rows // kinds.shape[0],
+            each,
             outputs,
             tiles_each,
             wanted,
@@ -78,4 +81,16 @@ def launch_linear_logsumexp(
             num_warps=warps,
             num_stages=stages,
         )
-    return out.logsumexp(0)
+        launcher(join_parts_kernel, (triton.cdiv(rows, _JOINED[0]),))(
+            found,
+            kinds,
+            out,
+            rows,
+            each,
+            parts,
+            wanted,
+            BLOCK_R=_JOINED[0],
+            BLOCK_P=_JOINED[1],
+            num_warps=4,
+        )
+    return out

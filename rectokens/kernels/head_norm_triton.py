@@ -81,3 +81,37 @@ def linear_logsumexp_kernel(
         total = total * tl.exp(peak - safe) + tl.sum(tl.exp(acc - safe[:, None]), 1)
         peak = new_peak
     tl.store(out_ptr + tl.program_id(1) * rows_count + rows, peak + tl.log(total), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows_count", "width", "parts", "wanted"])
+def join_parts_kernel(
+    part_ptr,
+    kind_ptr,
+    out_ptr,
+    rows_count,
+    width,
+    parts,
+    wanted,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Log-sum-exp of the parts of each row, float32 (R,); 0 where nobody asked. Grid: (tiles,)."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = rows < rows_count
+    kinds = tl.load(kind_ptr + rows // width, mask=live, other=-1)
+    asked = kinds == wanted
+    if tl.max(asked.to(tl.int32), 0) == 0:
+        tl.store(out_ptr + rows, tl.zeros([BLOCK_R], tl.float32), mask=live)
+        return
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        inside = asked[:, None] & (part < parts)[None, :]
+        places = part.to(tl.int64)[None, :] * rows_count + rows[:, None]
+        norms = tl.load(part_ptr + places, mask=inside, other=float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(norms, 1))
+        safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(norms - safe[:, None]), 1)
+        peak = new_peak
+    tl.store(out_ptr + rows, tl.where(asked, peak + tl.log(total), 0.0), mask=live)

@@ -81,7 +81,10 @@ class Searches:
             except torch.OutOfMemoryError as error:
                 _no_room(batch, width, error)
         if self._capture:
-            compile_ahead([search.run for search in made.values()])
+            # Not on the stream of batches that may run meanwhile.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                compile_ahead([search.run for search in made.values()])
         for (batch, width), search in made.items():
             try:
                 self._ready[batch, width] = search, self._captured(search)

@@ -136,3 +136,8 @@ def test_logsumexp(tmp_path, dtype, rows):
     code = code_of(head.linear_logsumexp_kernel, tmp_path, dtype, constants,
                    num_warps=warps, num_stages=stages)  # fmt: skip
     assert re.search("HG?MMA", code)
+
+
+def test_joining_parts(tmp_path):
+    code_of(head.join_parts_kernel, tmp_path, torch.float32, {"BLOCK_R": 16, "BLOCK_P": 64},
+            num_warps=4)  # fmt: skip

@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("decoder_interpreted.py")
         ("gate", 6),
         ("product", 18),
         ("fp8", 10),
-        ("logsumexp", 12),
+        ("logsumexp", 16),
     ],
 )
 def test_equal_to_the_definition(results, prefix, count):
