@@ -29,11 +29,19 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
             return working.result()
         raise ServiceError(ErrorKind.CLIENT_GONE, "the client has gone")
     finally:
-        working.cancel()
+        # Nobody waits for the watcher to end: the answer would wait behind whatever else is due.
+        leaving.add_done_callback(_forget)
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # or it would be logged as never looked at

@@ -158,7 +158,8 @@ async def test_health_answers_while_requests_are_being_prepared(start_app, dummy
 
     monkeypatch.setattr("server.recommender.prepare", slow)
     running = await start_app(dummy.make_release())
-    task = asyncio.create_task(running.post({"history": ["B001"] * 500}))
+    body = {"history": ["B001"] * 1_000, "exclude_items": ["B002"] * 1_100}
+    task = asyncio.create_task(running.post(body))
     await asyncio.to_thread(entered.wait, 30)
     assert (await running.client.get("/health")).status_code == 200
     go_on.set()
