@@ -57,3 +57,11 @@ def test_where_that_fails_too_prompts_are_computed_again(kind: str) -> None:
     assert isinstance(engine, Engine)
     assert isinstance(engine._runner, RecomputeRunner)
     check(engine, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recurrent_layers_in_16_bits_still_have_a_cache_a_beam(dtype: torch.dtype) -> None:
+    model = model_of("qwen3_5_text", PER_BEAM["qwen3_5_text"]).cuda().to(dtype)
+    engine = build_engine(model, TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, Engine)
+    assert isinstance(engine._runner, PerBeamRunner)
