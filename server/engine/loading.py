@@ -16,6 +16,7 @@ from server.engine.device.build import build_device_engine
 from server.engine.device.engine import DeviceEngine, DeviceOptions
 from server.engine.device.fp8 import let_go_of_rounded
 from server.engine.engine import Engine
+from server.engine.head import LevelHead
 from server.engine.pool_setup import PoolOptions, attach_pool, logit_difference
 from server.engine.prompt_leases import Prompts
 from server.engine.recompute_runner import RecomputeRunner
@@ -167,15 +168,20 @@ def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
     else:
         names = ", ".join(sorted(layer_types - _ATTENTION_LAYERS))
         logger.info("the model has %s layers: every beam gets a cache of its own", names)
-    per_beam, reason = _tried(PerBeamRunner, model, item_tokens, expected)
-    if per_beam is not None:
-        return per_beam
+    for kind in (_per_beam_of_levels, PerBeamRunner):
+        per_beam, reason = _tried(kind, model, item_tokens, expected)
+        if per_beam is not None:
+            return per_beam
     logger.warning(
         "beams have no caches for this model, and every level computes their prompts again, which "
         "is slow: %s",
         reason,
     )
     return RecomputeRunner(model, item_tokens)
+
+
+def _per_beam_of_levels(model: Any, item_tokens: ItemTokens) -> Runner:
+    return PerBeamRunner(model, item_tokens, LevelHead(model, item_tokens))
 
 
 def _tried(

@@ -192,28 +192,62 @@ class PerBeamRunner:
     Args:
         model: a causal LM of transformers.
         item_tokens: where the item tokens lie.
+        head: the model's, for a level's codes alone; None has the model compute all its logits,
+            which every model can.
+
+    Attributes:
+        head: as given.
+        embed: the model's input embeddings.
     """
 
-    def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
-        self.model = model
+    def __init__(self, model: Any, item_tokens: ItemTokens, head: LevelHead | None = None) -> None:
+        self.head = head
+        self.embed = model.get_input_embeddings()
         self.item_tokens = item_tokens
         self.device: torch.device = model.device
         self.prefix_cache: PrefixCache | None = None
-        self._takes_positions = "position_ids" in named_parameters(model)
+        self._model = model if head is None else model.get_decoder()
+        self._takes_positions = "position_ids" in named_parameters(self._model)
 
     def session(self) -> DecodeSession:
         """A fresh session."""
         return _PerBeamSession(self)
 
-    def positions(self, rows: int, first: int, end: int) -> dict[str, Tensor]:
-        """Positions ``first`` to ``end`` of so many rows, as the model takes them.
+    def run(self, inputs: dict[str, Tensor], first: int, cache: Any = None) -> tuple[Tensor, Any]:
+        """Run rows of one length through the model.
 
-        Told, because not every model reads off its cache how long it is: one with recurrent
-        layers before the first attention layer may begin at 0 again.
+        Positions are told, because not every model reads off its cache how long it is: one with
+        recurrent layers before the first attention layer may begin at 0 again.
+
+        Args:
+            inputs: token ids (R, S) or embeddings (R, S, H), by the model's name for them.
+            first: position of the first of them.
+            cache: of the positions before; None where there are none.
+
+        Returns:
+            Of each row's last position the hidden state (R, H), or the logits (R, V) where there
+            is no head; and the cache.
         """
-        if not self._takes_positions:
-            return {}
-        return {"position_ids": torch.arange(first, end, device=self.device).expand(rows, -1)}
+        rows, length = next(iter(inputs.values())).shape[:2]
+        named = dict(inputs)
+        if self._takes_positions:
+            positions = torch.arange(first, first + length, device=self.device)
+            named["position_ids"] = positions.expand(rows, -1)
+        if cache is not None:
+            named |= cache_argument(self._model, cache)
+        if self.head is None:
+            output = self._model(**named, use_cache=True, logits_to_keep=1)
+            return output.logits[:, -1], returned_cache(output)
+        output = self._model(**named, use_cache=True)
+        return output.last_hidden_state[:, -1], returned_cache(output)
+
+    def level(self, states: Tensor, level: int, *, with_vocab_norm: bool) -> LevelLogits:
+        """Logits of a level from what ``run`` gave, (B, W, H) or (B, W, V)."""
+        if self.head is not None:
+            return self.head(states, level, with_vocab_norm=with_vocab_norm)
+        return level_of_vocab_logits(
+            states, self.item_tokens, level, with_vocab_norm=with_vocab_norm
+        )
 
 
 class _PerBeamSession:
@@ -224,44 +258,28 @@ class _PerBeamSession:
         self.cached_tokens: Sequence[int] = ()
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:
+        runner = self._runner
         self.cached_tokens = [0] * len(prompts)
-        rows = []
-        embed = self._runner.model.get_input_embeddings()
+        self._lengths = [len(prompt) for prompt in prompts]
+        states = []
         for prompt in prompts:
-            output = self._runner.model(
-                **model_inputs([prompt], embed, self._runner.device),
-                **self._runner.positions(1, 0, len(prompt)),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            self._caches.append(returned_cache(output))
-            self._lengths.append(len(prompt))
-            rows.append(output.logits[:, -1:])
-        return self._level(torch.cat(rows), 0, with_vocab_norm)
+            last, cache = runner.run(model_inputs([prompt], runner.embed, runner.device), 0)
+            self._caches.append(cache)
+            states.append(last)
+        return runner.level(torch.stack(states), 0, with_vocab_norm=with_vocab_norm)
 
     def advance(
         self, parents: Tensor, codes: Tensor, depth: int, *, with_vocab_norm: bool
     ) -> LevelLogits:
-        tokens = codes + self._runner.item_tokens.token_id(depth - 1, 0)
-        rows = []
-        prompts = zip(self._caches, self._lengths, parents, tokens, strict=True)
-        for cache, length, parent, token in prompts:
-            cache.reorder_cache(parent)
-            place = length + depth - 1
-            output = self._runner.model(
-                input_ids=token[:, None],
-                **self._runner.positions(len(token), place, place + 1),
-                **cache_argument(self._runner.model, cache),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            rows.append(output.logits[:, -1])
-        return self._level(torch.stack(rows), depth, with_vocab_norm)
+        runner = self._runner
+        tokens = codes + runner.item_tokens.token_id(depth - 1, 0)
+        states = []
+        for row, cache in enumerate(self._caches):
+            cache.reorder_cache(parents[row])
+            place = self._lengths[row] + depth - 1
+            last, self._caches[row] = runner.run({"input_ids": tokens[row, :, None]}, place, cache)
+            states.append(last)
+        return runner.level(torch.stack(states), depth, with_vocab_norm=with_vocab_norm)
 
     def close(self, sound: Sequence[bool] = ()) -> None:
         self._caches.clear()
-
-    def _level(self, logits: Tensor, level: int, with_vocab_norm: bool) -> LevelLogits:
-        return level_of_vocab_logits(
-            logits, self._runner.item_tokens, level, with_vocab_norm=with_vocab_norm
-        )

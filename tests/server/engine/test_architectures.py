@@ -13,7 +13,7 @@ import torch
 from rectokens.decoding.catalog_search import ReferenceSearch
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
-from rectokens.schemas.search import SearchRequest
+from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.engine import DeviceEngine, DeviceOptions
 from server.engine.engine import Engine
 from server.engine.loading import build_engine
@@ -158,6 +158,17 @@ def test_others_have_a_cache_a_beam(kind: str) -> None:
     assert isinstance(engine, Engine)
     assert isinstance(engine._runner, PerBeamRunner)
     check(engine, model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "bamba", "gpt_oss"])
+def test_no_logits_of_the_vocabulary_beam_by_beam(kind: str) -> None:
+    model = model_of(kind, PER_BEAM[kind])
+    engine = build_engine(model, TOKENS)
+    called: list[Any] = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: called.append(1))
+    batch = [request for request in requests() if request.normalization != "vocab"]
+    assert all(isinstance(found, SearchResult) for found in engine.search(batch, TRIE).results)
+    assert called == []
 
 
 @pytest.mark.parametrize("kind", RECOMPUTED)
