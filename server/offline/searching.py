@@ -13,7 +13,7 @@ import structlog
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.api.schemas import MAX_SEED
 from server.batching.policy import BatchLimits, Waiting, form_batch
-from server.engine.types import EngineBrokenError, EngineFault
+from server.engine.types import EngineBrokenError, EngineFault, RunningBatch
 from server.errors import ErrorKind, ServiceError
 from server.offline.users import User
 from server.queries import RecommendQuery
@@ -55,6 +55,21 @@ class Task:
     query: RecommendQuery | None = None
     prepared: PreparedSearch | None = None
     error: ServiceError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A batch: place and search of each task.
+
+    Attributes:
+        batch: of it.
+        prepared: by the engine; None if it has yet to be.
+        running: what the engine has begun of it; None where it has yet to be run.
+    """
+
+    batch: Sequence[tuple[int, SearchRequest]]
+    prepared: Any = None
+    running: RunningBatch | None = None
 
 
 class OfflineSearch:
@@ -101,17 +116,19 @@ class OfflineSearch:
         engine, trie = self._release.engine, self._release.trie
         with ThreadPoolExecutor(1, thread_name_prefix="ahead") as ahead:
 
-            def begin(number: int) -> Future[Any] | None:
-                if number == len(batches):
-                    return None
-                searches = [search for _, search in batches[number]]
-                return ahead.submit(engine.prepare, searches, trie)
+            def submit(batch: Sequence[tuple[int, SearchRequest]]) -> Future[Any]:
+                return ahead.submit(engine.prepare, [search for _, search in batch], trie)
 
-            following = begin(0)
+            submitted = [submit(batch) for batch in batches[:1]]
+            running: _Begun | None = None
             for number, batch in enumerate(batches):
-                current, following = following, begin(number + 1)
-                found = self._run([search for _, search in batch], current)
-                results.update(zip((place for place, _ in batch), found, strict=True))
+                submitted += [submit(following) for following in batches[number + 1 : number + 2]]
+                begun = self._begin(batch, submitted.pop(0))
+                if running is not None:
+                    results.update(self._finish(running))
+                running = begun
+            if running is not None:
+                results.update(self._finish(running))
         return [self._answer(task, results.get(place)) for place, task in enumerate(tasks)]
 
     def _batches(
@@ -132,13 +149,36 @@ class OfflineSearch:
             rest = [one for i, one in enumerate(window) if i not in taken] + rest[len(window) :]
         return batches
 
+    def _begin(self, batch: Sequence[tuple[int, SearchRequest]], prepared: Future[Any]) -> _Begun:
+        """A batch, begun behind the one that runs where the engine begins batches."""
+        try:
+            ready = prepared.result()
+            return _Begun(batch, ready, self._release.engine.begin(ready))
+        except EngineBrokenError:
+            raise
+        except Exception as error:
+            # It is tried again when its turn comes, and its halves after that.
+            _log.debug("batch not begun", failure=f"{type(error).__name__}: {error}")
+        return _Begun(batch)
+
+    def _finish(self, begun: _Begun) -> dict[int, SearchResult | EngineFault]:
+        """What came of a batch, by place."""
+        searches = [search for _, search in begun.batch]
+        found = self._run(searches, begun.prepared, begun.running)
+        return dict(zip((place for place, _ in begun.batch), found, strict=True))
+
     def _run(
-        self, searches: Sequence[SearchRequest], prepared: Future[Any] | None
+        self,
+        searches: Sequence[SearchRequest],
+        prepared: Any = None,
+        running: RunningBatch | None = None,
     ) -> Sequence[SearchResult | EngineFault]:
         """A batch; where it fails, its halves, so that what breaks it fails alone."""
         engine, trie = self._release.engine, self._release.trie
         try:
-            ready = engine.prepare(searches, trie) if prepared is None else prepared.result()
+            if running is not None:
+                return running.finish().results
+            ready = engine.prepare(searches, trie) if prepared is None else prepared
             return engine.run(ready).results
         except EngineBrokenError:
             raise
@@ -149,7 +189,7 @@ class OfflineSearch:
             return [EngineFault(failure)]
         _log.warning("batch failed; running its halves", requests=len(searches), failure=failure)
         middle = len(searches) // 2
-        return [*self._run(searches[:middle], None), *self._run(searches[middle:], None)]
+        return [*self._run(searches[:middle]), *self._run(searches[middle:])]
 
     def _answer(self, task: Task, result: SearchResult | EngineFault | None) -> UserAnswer:
         user_id, error = task.user.user_id, task.error

@@ -7,49 +7,11 @@ import threading
 
 import pytest
 
-from server.engine.types import EngineBrokenError, nobody_left
+from server.engine.types import EngineBrokenError
 from server.errors import EngineFaultError, ErrorKind
 from tests.server.batching.asking import ask, search, settled
-from tests.server.dummy_service import DummyEngine, make_release
-
-
-class Run:
-    def __init__(self, engine, prepared):
-        self.engine, self.prepared = engine, prepared
-
-    def wait_for_prompts(self):
-        assert self.engine.prompts.wait(30)
-
-    def finish(self):
-        return DummyEngine.run(self.engine, self.prepared)
-
-
-class BeginningEngine(DummyEngine):
-    """Begins batches; prompts are done once ``prompts`` is set, the rest is when ``gate`` is."""
-
-    def __init__(self):
-        super().__init__()
-        self.begun = []
-        self.had_left = []
-        self.on_begin = lambda requests: None
-        self.prompts = threading.Event()
-        self.gate.clear()
-
-    def begin(self, prepared, has_left=nobody_left):
-        requests = list(prepared.requests)
-        self.on_begin(requests)
-        self.had_left.append([has_left(row) for row in range(len(requests))])
-        with self._changed:
-            self.begun.append(requests)
-            self._changed.notify_all()
-        return Run(self, prepared)
-
-    async def wait_for_begun(self, count):
-        def wait():
-            with self._changed:
-                assert self._changed.wait_for(lambda: len(self.begun) >= count, 30)
-
-        await asyncio.to_thread(wait)
+from tests.server.beginning_engine import BeginningEngine
+from tests.server.dummy_service import make_release
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from server.offline.output import LOCK_FILE, SCHEMA
 from server.offline.run import recommend_offline
 from server.offline.users import UsersFile
 from server.settings import Settings, load_settings
+from tests.server.beginning_engine import BeginningEngine
 
 USERS = 43
 Rows = dict[str, list[Any]]
@@ -197,8 +198,43 @@ def dummy_users(tmp_path: Path, count: int = 12) -> UsersFile:
     return write(tmp_path / "users.parquet", rows)
 
 
-def test_what_breaks_a_batch_fails_alone(tmp_path: Path, dummy: Any, settings: Settings) -> None:
-    engine = dummy.DummyEngine()
+def beginning_engine() -> Any:
+    engine = BeginningEngine()
+    engine.prompts.set()
+    engine.gate.set()
+    return engine
+
+
+def test_batches_are_begun_before_others_are_finished(
+    tmp_path: Path, dummy: Any, settings: Settings
+) -> None:
+    engine = beginning_engine()
+    run(dummy_users(tmp_path), tmp_path / "begun", dummy.make_release(engine), settings)
+    events = [(what, number) for number in (0, 1) for what in ("begun", "finished")]
+    assert engine.log[:4] == [events[0], events[2], events[1], events[3]]
+    run(dummy_users(tmp_path), tmp_path / "whole", dummy.make_release(), settings)
+    assert found_in(tmp_path / "begun") == found_in(tmp_path / "whole")
+
+
+def test_what_cannot_be_begun_is_run_by_itself(
+    tmp_path: Path, dummy: Any, settings: Settings
+) -> None:
+    engine = beginning_engine()
+
+    def no_room(requests: Any) -> None:
+        raise MemoryError("with another batch there")
+
+    engine.on_begin = no_room
+    summary = run(dummy_users(tmp_path), tmp_path / "out", dummy.make_release(engine), settings)
+    assert summary["answered"] == 12
+    assert engine.begun == []
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_breaks_a_batch_fails_alone(
+    begins: bool, tmp_path: Path, dummy: Any, settings: Settings
+) -> None:
+    engine = beginning_engine() if begins else dummy.DummyEngine()
 
     def explode(requests: Any) -> None:
         if len(requests) > 3:
