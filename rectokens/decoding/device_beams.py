@@ -110,19 +110,39 @@ class SearchAnswers:
     code_scores: Tensor
 
 
+def answer_columns(shapes: StepShapes) -> dict[str, slice]:
+    """Where the fields of ``SearchAnswers`` lie in a row of ``BeamBuffers.answers``.
+
+    ``alive``, ``poisoned`` and ``item_count`` are the first three numbers; fields of floats are
+    their bits.
+    """
+    width, levels = shapes.width, shapes.num_levels
+    sizes = {
+        "items": width,
+        "leaves": width,
+        "scores": width,
+        "codes": levels * width,
+        "code_scores": levels * width,
+    }
+    columns, start = {}, _HEADER
+    for name, size in sizes.items():
+        columns[name] = slice(start, start + size)
+        start += size
+    return columns
+
+
 def unpack_answers(answers: Tensor, shapes: StepShapes) -> SearchAnswers:
     """Views of ``BeamBuffers.answers`` after it was copied to the host (or anywhere else)."""
     batch, width, levels = answers.shape[0], shapes.width, shapes.num_levels
-    sizes = [_HEADER, width, width, width, levels * width, levels * width]
-    header, items, leaves, scores, codes, code_scores = answers.split(sizes, dim=1)
-    alive, poisoned, item_count = header.unbind(1)
+    of = {name: answers[:, columns] for name, columns in answer_columns(shapes).items()}
+    alive, poisoned, item_count = answers[:, :_HEADER].unbind(1)
     return SearchAnswers(
         alive=alive,
         poisoned=poisoned,
         item_count=item_count,
-        items=items,
-        leaves=leaves,
-        scores=scores.view(torch.float32),
-        codes=codes.reshape(batch, width, levels),
-        code_scores=code_scores.reshape(batch, width, levels).view(torch.float32),
+        items=of["items"],
+        leaves=of["leaves"],
+        scores=of["scores"].view(torch.float32),
+        codes=of["codes"].reshape(batch, width, levels),
+        code_scores=of["code_scores"].reshape(batch, width, levels).view(torch.float32),
     )

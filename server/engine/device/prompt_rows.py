@@ -172,6 +172,7 @@ class PromptBlock:
             pool=pool,
         )
         self._page_size = pool.page_size
+        self._offsets = np.arange(pool.page_size, dtype=np.int32)
 
     def fill(self, slices: Sequence[PromptSlice]) -> None:
         """Copy the rows of a pass to the device; the host does not wait."""
@@ -187,11 +188,13 @@ class PromptBlock:
         row = 0
         for number, piece in enumerate(slices):
             rows = slice(row, row + piece.count)
-            positions = np.arange(piece.start, piece.end, dtype=np.int32)
             view["tokens"][rows] = piece.tokens
-            view["positions"][rows] = positions
-            page, place = np.divmod(positions, self._page_size)
-            view["slots"][rows] = piece.pages[page] * self._page_size + place
+            view["positions"][rows] = np.arange(piece.start, piece.end, dtype=np.int32)
+            first, size = piece.start // self._page_size, self._page_size
+            pages = piece.pages[first : -(-piece.end // size), None]
+            skipped = piece.start - first * size
+            slots = (pages * size + self._offsets).reshape(-1)
+            view["slots"][rows] = slots[skipped : skipped + piece.count]
             table[number, : len(piece.pages)] = piece.pages
             view["lengths"][number] = piece.end
             row += piece.count

@@ -114,7 +114,7 @@ def test_one_that_fails_leaves_the_others_alone(
             engine.start(batch)
     unreadable = engine.start(batch)
     with monkeypatch.context() as broken:
-        broken.setattr("server.engine.device.answers.unpack_answers", _fail)
+        broken.setattr("server.engine.device.answers.answer_columns", _fail)
         with pytest.raises(RuntimeError, match="a kernel failed"):
             unreadable.finish()
     third = engine.start(batch)
