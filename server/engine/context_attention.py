@@ -16,7 +16,7 @@ Hq query heads, Hkv key heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from server.engine.packed_attention import (
     packed_attention,
     scale_of,
     soft_cap,
+    softmax,
 )
 from server.engine.packing import PackedRows
 
@@ -41,6 +42,7 @@ ATTENTION_NAME = "rectokens_shared_context"
 # Arguments of transformers' attention calls that change the result and that are implemented; a
 # model that passes any other value but None is refused.
 _UNDERSTOOD = frozenset({"scaling", "sliding_window", "softcap", "dropout"})
+_SINKS = "s_aux"  # of each head; by this attention only
 _HARMLESS = frozenset(
     {"position_ids", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
 )
@@ -154,18 +156,21 @@ class UnsupportedAttentionError(RuntimeError):
     """The model's attention takes an argument that is not implemented."""
 
 
-def check_arguments(name: str, given: Mapping[str, Any]) -> None:
+def check_arguments(
+    name: str, given: Mapping[str, Any], understood: Collection[str] = _UNDERSTOOD
+) -> None:
     """Refuse an attention call that asks for what is not implemented.
 
     Args:
         name: of the module, for the message.
         given: keyword arguments of the call.
+        understood: names of those that are implemented.
 
     Raises:
         UnsupportedAttentionError: names the argument.
     """
     for key, value in given.items():
-        if value is not None and key not in _UNDERSTOOD and key not in _HARMLESS:
+        if value is not None and key not in understood and key not in _HARMLESS:
             raise UnsupportedAttentionError(
                 f"attention argument {key!r} of {name} is not implemented"
             )
@@ -190,7 +195,8 @@ def shared_context_attention(
     mode = _mode.get()
     if mode is None:
         return causal_attention(module, query, key, value, attention_mask, **kwargs)
-    check_arguments(type(module).__name__, kwargs)
+    understood = _UNDERSTOOD | {_SINKS}
+    check_arguments(type(module).__name__, kwargs, understood)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(mode, _Prefill):
         mode.windows_applied.add(kwargs.get("sliding_window"))
@@ -203,7 +209,7 @@ def shared_context_attention(
             context.values[layer],
             mode.rows,
             mode.masks,
-            **{name: given for name, given in kwargs.items() if name in _UNDERSTOOD},
+            **{name: given for name, given in kwargs.items() if name in understood},
         )
         return output, None
     return _decode_attention(mode, layer, query, key, value, **kwargs), None
@@ -245,6 +251,7 @@ def _decode_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     context = mode.context
@@ -275,7 +282,10 @@ def _decode_attention(
     own_scores = soft_cap(own_scores, softcap)
     context_scores = context_scores.masked_fill(~visible[:, None, None, :], -torch.inf)
     own_scores = own_scores.reshape(batch_size, kv_heads, group * width, -1)
-    weights = torch.cat([context_scores, own_scores], dim=-1).float().softmax(-1).to(value.dtype)
+    sinks = None
+    if s_aux is not None:
+        sinks = s_aux.view(kv_heads, group).repeat_interleave(width, 1)[None, :, :, None]
+    weights = softmax(torch.cat([context_scores, own_scores], dim=-1), sinks).to(value.dtype)
     context_length = context_keys.shape[2]
     output = weights[..., :context_length] @ context_values
     own_weights = weights[..., context_length:].reshape(batch_size, kv_heads, group, width, -1)

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from server.engine.packing import PackedRows
 
 _MAX_KEPT_MASK = 1 << 20  # masks up to so many entries are kept for the next layer
+_MAX_SCORES = 1 << 26  # 256 MB in float32: most that exist at once where they are computed here
 
 
 class CausalMasks:
@@ -97,7 +98,7 @@ def causal_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own attention, and the soft-capped scores that it leaves out.
+    """transformers' own attention, and what it leaves out: soft-capped scores and sinks.
 
     Args:
         module: the layer's attention module.
@@ -111,22 +112,42 @@ def causal_attention(
     Returns:
         (B, S, Hq, D) and None, as transformers expects.
     """
-    softcap = kwargs.pop("softcap", None)
-    if softcap is None:
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if softcap is None and sinks is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
         return output
     group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2)
-    scores = soft_cap(scores * scale_of(query, kwargs.get("scaling")), softcap)
-    length, total = scores.shape[-2:]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    length, total = query.shape[2], key.shape[2]
     if attention_mask is None:
         ones = torch.ones(length, total, dtype=torch.bool, device=query.device)
-        attention_mask = ones.tril(total - length)
-    scores = scores.masked_fill(~attention_mask, -torch.inf)
-    weights = scores.float().softmax(-1).to(value.dtype)
-    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+        attention_mask = ones.tril(total - length)[None, None]
+    query = query * scale_of(query, kwargs.get("scaling"))
+    column = None if sinks is None else sinks.view(1, -1, 1, 1)
+    rows = max(_MAX_SCORES // (query.shape[0] * query.shape[1] * total), 1)
+    parts = []
+    for first in range(0, length, rows):
+        scores = soft_cap(query[:, :, first : first + rows] @ key.transpose(-1, -2), softcap)
+        scores = scores.masked_fill(~attention_mask[:, :, first : first + rows], -torch.inf)
+        parts.append(softmax(scores, column).to(value.dtype) @ value)
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Float32 weights (..., T) of scores (..., T).
+
+    Args:
+        scores: masked ones are -inf.
+        sinks: of each head, or None: a score (..., 1) that takes its share of the weight and gives
+            nothing.
+    """
+    scores = scores.float()
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 
 
 def scale_of(query: Tensor, scaling: float | None) -> float:

@@ -70,14 +70,31 @@ SHARED: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 6},
     "gpt2": {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4},
 }
-# Layers that no other position may be put beside.
+# Attention with sinks, which the engine for devices does not know.
+SHARED_ONLY: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "sliding_window": 6},
+}
+# Layers that no other position may be put beside, and attention that is not looked up or has keys
+# of another size than values.
 PER_BEAM: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"head_dim": 8, **DELTA, "layer_types": ["linear_attention", "full_attention"]},
     # Its cache does not tell how long it is: the first layer is recurrent.
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    # Attention with sinks, and keys of another size than values.
-    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "sliding_window": 6},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
 }
 # Transformers' own cache of these cannot be given more rows than it was made with, or is no cache
 # of transformers at all.
@@ -132,10 +149,11 @@ def check(engine: Any, model: Any) -> None:
             assert_same(found, right, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("kind", [*SHARED, *SHARED_ONLY])
 def test_attention_models_share_their_prompts(kind: str) -> None:
-    model = model_of(kind, SHARED[kind])
-    engine = build_engine(model, TOKENS, PoolOptions(memory_bytes=1 << 20))
+    model = model_of(kind, (SHARED | SHARED_ONLY)[kind])
+    options = DeviceOptions() if kind in SHARED_ONLY else None
+    engine = build_engine(model, TOKENS, PoolOptions(memory_bytes=1 << 20), options)
     assert isinstance(engine, Engine)
     assert isinstance(engine._runner, SharedContextRunner)
     check(engine, model)
@@ -160,7 +178,7 @@ def test_others_have_a_cache_a_beam(kind: str) -> None:
     check(engine, model)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "bamba", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "bamba", "deepseek_v3"])
 def test_no_logits_of_the_vocabulary_beam_by_beam(kind: str) -> None:
     model = model_of(kind, PER_BEAM[kind])
     engine = build_engine(model, TOKENS)
@@ -181,6 +199,14 @@ def test_where_that_fails_too_prompts_are_computed_again(
     assert isinstance(engine._runner, RecomputeRunner)
     assert "every level computes their prompts again" in caplog.text
     check(engine, model)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_scores_of_long_prompts_are_made_in_parts(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.packed_attention._MAX_SCORES", 300)
+    test_attention_models_share_their_prompts(kind)
 
 
 @pytest.mark.parametrize("prompt_kind", ["tokens", "embeds"])

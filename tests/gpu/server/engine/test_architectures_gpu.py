@@ -11,11 +11,12 @@ from server.engine.engine import Engine
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.recompute_runner import RecomputeRunner
-from server.engine.runners import PerBeamRunner
+from server.engine.runners import PerBeamRunner, SharedContextRunner
 from tests.server.engine.test_architectures import (
     PER_BEAM,
     RECOMPUTED,
     SHARED,
+    SHARED_ONLY,
     TOKENS,
     check,
     model_of,
@@ -39,6 +40,15 @@ def test_attention_models(kind: str) -> None:
     assert isinstance(engine, DeviceEngine)
     check(engine, model)
     assert engine.prefix_cache is not None
+
+
+@pytest.mark.parametrize("kind", SHARED_ONLY)
+def test_attention_that_the_engine_for_devices_does_not_know(kind: str) -> None:
+    model = model_of(kind, SHARED_ONLY[kind]).cuda()
+    engine = build_engine(model, TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, Engine)
+    assert isinstance(engine._runner, SharedContextRunner)
+    check(engine, model)
 
 
 @pytest.mark.parametrize("kind", PER_BEAM)
