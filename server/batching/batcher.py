@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 # fast; whoever would only just make it is refused, rather than let in to wait for a 504. It costs
 # no throughput: an engine works as well off a queue of half a deadline as off one of a whole.
 _QUEUE_MARGIN = 2.0
+# Where batches are begun before others end: one that takes so long is long, see the policy.
+_LONG_S = 0.06
 # Of the batch of one's own.
 _BATCH_MARGIN = 1.15
 
@@ -127,6 +130,7 @@ class Batcher:
         self._room = WaitingRoom()
         self._prefetcher = Prefetcher(self._lock, self._room, self._decide)
         self._running: list[_Batch] = []  # at most two: one that was begun behind the other
+        self._begins = False  # whether the last batch was begun before it was waited for
         # When the last batch ended, if it left somebody waiting.
         self._queue_since_s: float | None = None
         self._stopping = False
@@ -327,7 +331,9 @@ class Batcher:
         if len(places) > 1:  # who is alone runs, whatever it costs
             with self._lock:
                 cost = self._cost.at(now)
-        return form_batch([place.work.waiting for place in places], self._limits, now, cost)
+        waiting = [place.work.waiting for place in places]
+        long_s = _LONG_S if self._begins else math.inf
+        return form_batch(waiting, self._limits, now, cost, long_s)
 
     def _next_batch(self, *, wait: bool) -> _Batch | None:
         """The next batch; None when the batcher stops, or nobody is there.
@@ -381,6 +387,7 @@ class Batcher:
         if len(self._running) == 1:
             self._is_on(batch)
         batch.prepared, batch.running = begin_batch(batch.places, batch.prepared)
+        self._begins = batch.running is not None
 
     def _is_on(self, batch: _Batch) -> None:
         """The engine works at a batch from now on; until then its requests were waiting."""

@@ -200,17 +200,29 @@ def test_a_long_batch_grows_while_that_saves_something():
     queue = [waiting(i) for i in range(40)]
     # 8 ms each; 2 ms a batch, then 50.
     cost = BatchCost(fixed_s=0.002, token_s=0.0008, padded_token_s=0.0, row_s=0.0)
-    decision = form_batch(queue, roomy, 0.0, cost)
+    decision = form_batch(queue, roomy, 0.0, cost, long_s=0.06)
     assert decision.run == tuple(range(8))
     assert decision.full
-    decision = form_batch(queue, roomy, 0.0, replace(cost, fixed_s=0.05))
-    assert decision.run == tuple(range(40))
+    assert form_batch(queue, roomy, 0.0, cost).run == tuple(range(40))
+    slow_start = replace(cost, fixed_s=0.05)
+    assert form_batch(queue, roomy, 0.0, slow_start, long_s=0.06).run == tuple(range(40))
     # Short ones cost nobody time.
     quick = BatchCost(fixed_s=0.0, token_s=0.0001, padded_token_s=0.0, row_s=0.0)
-    assert form_batch(queue, roomy, 0.0, quick).run == tuple(range(40))
+    assert form_batch(queue, roomy, 0.0, quick, long_s=0.06).run == tuple(range(40))
     # One that is long by itself takes no company that would save nothing.
     long = [waiting(0, prompt_tokens=1_000), waiting(1)]
-    assert form_batch(long, roomy, 0.0, cost).run == (0,)
+    assert form_batch(long, roomy, 0.0, cost, long_s=0.06).run == (0,)
+
+
+@given(queues, limits, times, costs, st.floats(0, 2))
+def test_where_long_batches_stop_growing_nothing_is_lost_either(queue, limits, now, cost, long_s):
+    decision = form_batch(queue, limits, now, cost, long_s)
+    freely = form_batch(queue, limits, now, cost)
+    places = [*decision.run, *decision.expired, *decision.waiting]
+    assert sorted(places) == [request.key for request in queue]
+    assert decision.expired == freely.expired
+    assert decision.run[:1] == freely.run[:1]
+    assert len(decision.run) <= limits.max_requests
 
 
 def test_who_cannot_make_it_gives_way_to_who_can():
