@@ -21,7 +21,7 @@ def test_a_short_training_clearly_beats_popularity_on_real_data(tmp_path):
     result = run_demo(
         Path(root),
         tmp_path / "store",
-        epochs=3,
+        epochs=1,
         train_seconds=60,
         evaluate=True,
         evaluate_users=1000,
@@ -30,6 +30,7 @@ def test_a_short_training_clearly_beats_popularity_on_real_data(tmp_path):
     assert result.evaluation is not None
     model, popularity = result.evaluation.model, result.evaluation.popularity
     assert model.users == popularity.users == 1000
-    # A full run reaches four times popularity; this is a fraction of one on a sample.
+    # A full run reaches four times popularity and more; this one about three, on a sample, where
+    # a machine is so slow that its time ends before the data does too.
     assert model.recall > 1.7 * popularity.recall, console.file.getvalue()
     assert model.ndcg > 1.7 * popularity.ndcg, console.file.getvalue()
