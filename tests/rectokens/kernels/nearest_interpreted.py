@@ -32,7 +32,8 @@ def sample(rows, dim, codes, offset, dtype=torch.float32):
 
 
 def single(results):
-    shapes = ((1, 1, 1), (33, 7, 5), (40, 64, 30), (17, 33, 17), (50, 16, 64), (3, 130, 2))
+    # One tile of 16 or several, whole or not, of rows, of numbers and of codes.
+    shapes = ((1, 1, 1), (17, 7, 5), (18, 64, 30), (17, 33, 17), (32, 16, 64), (3, 130, 2))
     for rows, dim, codes in shapes:
         for offset in (0.0, 1e4):
             for dtype in (torch.float32, torch.float16):

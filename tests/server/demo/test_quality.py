@@ -30,7 +30,7 @@ def test_a_short_training_clearly_beats_popularity_on_real_data(tmp_path):
     assert result.evaluation is not None
     model, popularity = result.evaluation.model, result.evaluation.popularity
     assert model.users == popularity.users == 1000
-    # A full run reaches four times popularity and more; this one about three, on a sample, where
-    # a machine is so slow that its time ends before the data does too.
+    # A full run reaches four times popularity and more. This one reaches about three, also where a
+    # machine is so slow that its time ends before the data does.
     assert model.recall > 1.7 * popularity.recall, console.file.getvalue()
     assert model.ndcg > 1.7 * popularity.ndcg, console.file.getvalue()
