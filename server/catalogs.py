@@ -45,6 +45,8 @@ _LOADER_NICENESS = 10
 # Between two looks while something is about to happen: the first release is loaded, or the pointer
 # reaches one that is held ready.
 _SOON_S = 0.05
+# How long what was replaced may stay in memory before cycles are collected; then twice as long.
+_FIRST_COLLECTION_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +278,7 @@ class ReleaseFollower:
 
     async def _load_beside(self, version: str) -> Release:
         """Load and try a release while another is served."""
-        if not await self._service.retired.wait_until_gone(self._free_timeout_s):
+        if not await self._retired_gone():
             raise ReleaseError(
                 f"the release before last is still in memory after {self._free_timeout_s:g} s; a "
                 "third is not loaded beside it"
@@ -287,6 +289,20 @@ class ReleaseFollower:
         if serving is not None and candidate.engine is serving.engine:
             await self._service.try_release(candidate, _TRY_S)
         return candidate
+
+    async def _retired_gone(self) -> bool:
+        """Wait for what was replaced to leave memory; False if it does not within the time.
+
+        What a failed request was admitted under may hang on nothing but its exception, in a cycle.
+        A service that is asked little makes too little garbage for the collector to come by itself.
+        """
+        left_s, wait_s = self._free_timeout_s, _FIRST_COLLECTION_S
+        while left_s > 0:
+            if await self._service.retired.wait_until_gone(min(wait_s, left_s)):
+                return True
+            await self._call(_collect_garbage)
+            left_s, wait_s = left_s - wait_s, 2 * wait_s
+        return self._service.retired.gone
 
     async def _load_instead(self, version: str) -> Release:
         """Load a release in the place of the one served, which a drained service can spare."""

@@ -172,6 +172,24 @@ async def test_a_third_version_waits_until_the_first_has_gone(start_app, small_s
     await served(running, 3, small_store)
 
 
+async def test_a_third_version_does_not_wait_for_the_garbage_collector(start_app, small_store):
+    running = await start(start_app, small_store)
+    cycle = [running.service.release]  # nobody uses it, as after a request that failed
+    cycle.append(cycle)
+    for number in (2, 3):
+        small_store.add(number)
+    gc.collect()
+    gc.disable()
+    try:
+        del cycle
+        small_store.activate(2)
+        await served(running, 2, small_store)
+        small_store.activate(3)
+        await served(running, 3, small_store)
+    finally:
+        gc.enable()
+
+
 async def test_a_new_model_is_loaded_beside_the_old_one(start_app, small_store, tiny_lm):
     running = await start(start_app, small_store)
     old = weakref.ref(running.service.release.engine)
