@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Parquet columns are read through a window of this many bytes, not a whole column chunk at once.
 _READ_BUFFER_BYTES = 4 * 1024 * 1024
+# Squared distances of such values, summed over any table of rows, stay finite in float32.
+LARGEST_VALUE = 1e12
 
 
 class EmbeddingSource(Protocol):
@@ -35,7 +37,8 @@ class EmbeddingSource(Protocol):
         """All rows in order: float32 (B, D), 1 <= B <= batch_size, on the CPU.
 
         Raises:
-            ValueError: a value that is NaN or infinite, a row of another width; names the row.
+            ValueError: a value that is NaN, infinite or larger than ``LARGEST_VALUE``, a row of
+                another width; names the row.
         """
         ...
 
@@ -325,13 +328,15 @@ def finite_rows(rows: NDArray[Any], first_row: int, path: Path) -> Tensor:
     """Rows as float32, on the CPU.
 
     Raises:
-        ValueError: a value that is NaN, infinite or beyond float32; names the row.
+        ValueError: a value that is NaN, infinite or larger than ``LARGEST_VALUE``; names the row.
     """
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes an infinity, told below
         batch = torch.from_numpy(np.array(rows, dtype=np.float32, order="C"))
-    finite = batch.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        at = int((~finite).nonzero()[0, 0])
-        value = float(batch[at][~batch[at].isfinite()][0])
-        raise ValueError(f"{path}: row {first_row + at} holds {value}; embeddings must be finite")
+    usable = batch.abs() <= LARGEST_VALUE  # false for NaN
+    if not bool(usable.all()):
+        at, column = (int(index) for index in (~usable).nonzero()[0])
+        raise ValueError(
+            f"{path}: row {first_row + at} holds {float(batch[at, column]):g}; embeddings must be "
+            f"finite, and their values at most {LARGEST_VALUE:g} in size"
+        )
     return batch
