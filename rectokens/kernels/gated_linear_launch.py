@@ -15,6 +15,7 @@ from rectokens.kernels.optional_triton import triton
 DTYPES = (torch.float16, torch.bfloat16)
 _ALIGNED = 8  # elements of 16 bits: rows of bulk copies begin at multiples of 16 bytes
 _BUSY = 0.9  # of the programs' turns, at least; below, the last turn is too empty to pay
+_BUSY_AT_ONCE = 0.7  # the same of few rows, for which there is one turn
 _LEAST_TURNS = 3
 _GROUP = 8  # row tiles that share columns in the cache
 
@@ -31,6 +32,13 @@ class LinearTile:
 
 
 TILE = LinearTile(128, 256, 64, 8, 3)
+# Of few rows, by their number: all programs' only turn, so that nothing but its own loads hides
+# another's.
+FEW = {
+    64: LinearTile(64, 128, 64, 4, 5),
+    128: LinearTile(128, 128, 64, 4, 4),
+    256: LinearTile(128, 256, 64, 8, 4),
+}
 _INTERPRETED = 3  # multiprocessors that the interpreter stands for: programs then take turns
 
 
@@ -48,10 +56,18 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def tile_for(rows: int) -> LinearTile:
+    """Tile for a number of rows."""
+    return next((tile for most, tile in FEW.items() if rows <= most), TILE)
+
+
 def pays(rows: int, outputs: int, programs: int) -> bool:
     """Whether tiles fill the programs' turns, so that one kernel beats a product and a gate."""
-    tiles = triton.cdiv(rows, TILE.rows) * triton.cdiv(outputs, TILE.outputs)
+    tile = tile_for(rows)
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
     turns = triton.cdiv(tiles, programs)
+    if rows <= max(FEW):
+        return bool(turns == 1 and tiles >= _BUSY_AT_ONCE * programs)
     return bool(turns >= _LEAST_TURNS and tiles >= _BUSY * turns * programs)
 
 
@@ -61,7 +77,7 @@ def pays_on(rows: int, outputs: int, device: torch.device) -> bool:
 
 
 def launch_gated_linear(
-    x: Tensor, weight: Tensor, activation: str, tile: LinearTile = TILE
+    x: Tensor, weight: Tensor, activation: str, tile: LinearTile | None = None
 ) -> Tensor:
     """``activation`` of outputs 0, 2, 4, .. of ``x @ weight.T`` times outputs 1, 3, 5, ..
 
@@ -69,7 +85,7 @@ def launch_gated_linear(
         x: (R, H), contiguous.
         weight: (2 I, H), contiguous.
         activation: one of ``decoder_pieces.ACTIVATIONS``.
-        tile: shape of the tiles.
+        tile: shape of the tiles; None for :func:`tile_for` the rows.
 
     Returns:
         (R, I).
@@ -77,6 +93,7 @@ def launch_gated_linear(
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     rows, hidden = x.shape
+    tile = tile or tile_for(rows)
     outputs = weight.shape[0]
     out = x.new_empty((rows, outputs // 2))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)

@@ -100,9 +100,11 @@ def test_store_and_gate(tmp_path):
         assert "LDG.E.128" in code
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_gated_product(tmp_path, activation):
-    tile = gated_linear_launch.TILE
+@pytest.mark.parametrize(
+    ("rows", "activation"), [(64, "silu"), (128, "silu"), (256, "gelu"), (512, "silu")]
+)
+def test_gated_product(tmp_path, rows, activation):
+    tile = gated_linear_launch.tile_for(rows)
     constants = {"ACTIVATION": activation, "GROUP": 8, "BLOCK_M": tile.rows,
                  "BLOCK_N": tile.outputs, "BLOCK_K": tile.hidden}  # fmt: skip
     blocks = {
@@ -118,10 +120,25 @@ def test_gated_product(tmp_path, activation):
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(256, False), (1024, True), (1152, False), (5000, True), (16384, True)]
+    ("rows", "expected"),
+    [
+        (20, True),
+        (64, True),
+        (256, True),
+        (257, False),
+        (1024, True),
+        (1152, False),
+        (5000, True),
+        (16384, True),
+    ],
 )
 def test_where_the_gated_product_pays(rows, expected):
     assert gated_linear_launch.pays(rows, 12_288, 132) is expected
+
+
+def test_few_outputs_leave_few_rows_to_a_product_and_a_gate():
+    assert not gated_linear_launch.pays(64, 6_144, 132)
+    assert not gated_linear_launch.pays(256, 49_152, 132)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,16 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", launch.DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("rows", "hidden", "outputs"), [(1, 72, 48), (130, 2048, 1040), (1024, 512, 12_288)]
+    ("rows", "hidden", "outputs"),
+    [
+        (1, 72, 48),
+        (64, 2048, 12_288),
+        (100, 2048, 1040),
+        (130, 2048, 1040),
+        (256, 512, 12_288),
+        (300, 2048, 1040),
+        (1024, 512, 12_288),
+    ],
 )
 def test_equals_the_definition(
     rows: int, hidden: int, outputs: int, activation: str, dtype: torch.dtype
@@ -36,8 +45,9 @@ def test_equals_the_definition(
     assert torch.equal(found, launch.launch_gated_linear(x, weight, activation).float())
 
 
-def test_one_kernel_or_two_give_nearly_the_same() -> None:
-    x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("rows", [64, 256, 2048])
+def test_one_kernel_or_two_give_nearly_the_same(rows: int) -> None:
+    x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(12_288, 2048, device="cuda", dtype=torch.bfloat16) * 0.02
     assert launch.pays_on(x.shape[0], weight.shape[0], x.device)
     one = gated_linear(x, weight, None, "silu")
