@@ -10,8 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rectokens.schemas.catalog_trie import CatalogTrie
-from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine import pool_setup
 from server.engine.engine import Engine
@@ -21,16 +19,10 @@ from server.engine.pooled_prompts import PromptPool
 from server.engine.prefix_cache import PrefixCache
 from server.engine.runners import PerBeamRunner, SharedContextRunner
 from server.engine.types import EngineFault
+from tests.server.engine.small_items import TOKENS, TRIE, VOCAB
 
-LEVELS, CODES, VOCAB = 3, 5, 40
-TOKENS = ItemTokens(
-    offset=11, level_stride=6, num_levels=LEVELS, codebook_size=CODES, start_token_id=3
-)
 KINDS = ["qwen3", "llama", "mistral-sliding", "gemma2"]
 PAGE_BYTES = 16 * 3 * 2 * 2 * 8 * 4  # of the tiny models: layers, keys and values, heads, D, fp32
-TRIE, _ = CatalogTrie.from_codes(
-    (torch.rand(60, LEVELS, generator=torch.Generator().manual_seed(1)) ** 2 * CODES).long(), CODES
-)
 
 
 def engine_of(model: Any, pages: int = 400) -> Engine:

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from rectokens.decoding.catalog_search import ReferenceSearch
-from rectokens.schemas.catalog_trie import CatalogTrie
-from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.engine import DeviceOptions
 from server.engine.engine import Engine
@@ -18,14 +16,8 @@ from server.engine.pool_setup import PoolOptions
 from server.engine.positions import max_positions
 from server.engine.runners import PerBeamRunner, SharedContextRunner
 from server.engine.types import EngineFault
+from tests.server.engine.small_items import ITEMS, LEVELS, TOKENS, TRIE, VOCAB
 
-LEVELS, CODES, VOCAB = 3, 5, 40
-TOKENS = ItemTokens(
-    offset=11, level_stride=6, num_levels=LEVELS, codebook_size=CODES, start_token_id=3
-)
-_CODES = (torch.rand(60, LEVELS, generator=torch.Generator().manual_seed(1)) ** 2 * CODES).long()
-TRIE, _ORDER = CatalogTrie.from_codes(_CODES, CODES)
-ITEMS = _CODES[_ORDER]
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
