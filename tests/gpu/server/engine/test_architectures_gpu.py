@@ -12,12 +12,12 @@ from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.recompute_runner import RecomputeRunner
 from server.engine.runners import PerBeamRunner, SharedContextRunner
+from tests.server.engine.small_items import TOKENS
 from tests.server.engine.test_architectures import (
     PER_BEAM,
     RECOMPUTED,
     SHARED,
     SHARED_ONLY,
-    TOKENS,
     check,
     model_of,
 )
