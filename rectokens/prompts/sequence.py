@@ -20,10 +20,7 @@ from numpy.typing import NDArray
 
 from rectokens.prompts.layout import ItemLayout
 from rectokens.prompts.parts import BuiltPrompt, ItemPart, Part
-from rectokens.prompts.truncation import (
-    items_to_drop,
-    items_to_drop_by_limits,
-)
+from rectokens.prompts.truncation import items_to_drop_by_limits
 from rectokens.schemas.item_tokens import ItemTokens
 
 IGNORED_LABEL = -100
@@ -197,7 +194,7 @@ class SequencePromptBuilder:
     def _keep_newest(self, parts: Sequence[Part]) -> tuple[list[Part], int, int]:
         """Parts kept, oldest first, and the numbers of items and of texts left out."""
         items = sum(isinstance(part, ItemPart) for part in parts)
-        items_dropped = items_to_drop(items, self._max_items, self._block_items)
+        items_dropped = self._to_drop(items, None)
         texts_dropped = max(len(parts) - items - self._max_texts, 0)
         if self._encode_text is None:
             texts_dropped = 0  # they stay, so that encoding them raises
