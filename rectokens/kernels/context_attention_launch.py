@@ -92,6 +92,20 @@ def prompt_tile_in_use(
     return replace(tile, warps=8) if is_small else tile
 
 
+def _can_pipeline(
+    query: Tensor,
+    keys: Tensor,
+    tile: AttentionTile | None,
+    window: int | None,
+    softcap: float | None,
+    bulk: bool | None,
+) -> bool:
+    """Whether the pipelined kernels take a call in which nothing else was asked for."""
+    if not (tile is None and window is None and softcap is None and bulk is None):
+        return False
+    return pipelined_launch.takes(query.shape[-1], query.dtype, keys.shape[2], query.device)
+
+
 def launch_prompt(
     query: Tensor,
     keys: Tensor,
@@ -136,8 +150,7 @@ def launch_prompt(
     rows, heads, dim = query.shape
     usual = tile or prompt_tile(dim, query.dtype)
     if pipelined is None:
-        free = tile is None and bulk is None and window is None and softcap is None
-        pipelined = free and pipelined_launch.takes(dim, query.dtype, keys.shape[2], query.device)
+        pipelined = _can_pipeline(query, keys, tile, window, softcap, bulk)
     if pipelined:
         pipelined_launch.launch_prompt(
             query,
@@ -244,13 +257,14 @@ def launch_beams(
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     batch_size, width = paths.shape[:2]
-    free = tile is None and bulk is None and window is None and softcap is None
-    tile = tile or beam_tile(dim, query.dtype)
+    usual = tile or beam_tile(dim, query.dtype)
     if parts is None:
-        parts = parts_for(batch_size, width, kv_heads, group, tile, query.device)
+        parts = parts_for(batch_size, width, kv_heads, group, usual, query.device)
     if pipelined is None:
-        free = free and parts <= _MOST_PIPELINED_PARTS
-        pipelined = free and pipelined_launch.takes(dim, query.dtype, keys.shape[2], query.device)
+        pipelined = parts <= _MOST_PIPELINED_PARTS and _can_pipeline(
+            query, keys, tile, window, softcap, bulk
+        )
+    tile = usual
     if bulk is None:
         bulk = takes_bulk(dim, query.dtype, keys.shape[2], tile, query.device)
     partial = query.new_empty((parts, rows, heads, dim), dtype=torch.float32)
