@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from server.jobs.backend import Backend
+from server.jobs.insist import insist
 from server.jobs.lanes import LANES, Lane
 from server.jobs.owner import Owner
 from server.jobs.params import Params, checked_params, shown
@@ -172,8 +174,14 @@ class JobLedger:
         claimed = self._claim(job, owner) if is_new else None
         return claimed or job, claimed is not None
 
-    def claim(self, lane: Lane, owner: Owner) -> Job | None:
-        """Take the next job of a lane, None if none waits. May block for a second."""
+    def claim(
+        self, lane: Lane, owner: Owner, *, ending: threading.Event | None = None
+    ) -> Job | None:
+        """Take the next job of a lane, None if none waits. May block for a second.
+
+        A job is the caller's or nobody's: should the database go away between the steps of a claim,
+        they are repeated until it is back, see :func:`~server.jobs.insist.insist`.
+        """
         message = self._backend.queues[lane].take()
         if message is None:
             return None
@@ -184,7 +192,7 @@ class JobLedger:
             return None
         if job.state is not JobState.QUEUED or str(job.attempt) != attempt:
             return None
-        return self._claim(job, owner)
+        return self._claim(job, owner, ending)
 
     def write(self, job: Job) -> None:
         """Write the record of a job that the caller has claimed."""
@@ -312,11 +320,19 @@ class JobLedger:
             )
         return self.get(mark["job"])
 
-    def _claim(self, job: Job, owner: Owner) -> Job | None:
-        mark = json.dumps(asdict(owner)).encode()
-        if not self._backend.keys.put_if_absent(_claim_key(job), mark):
+    def _claim(self, job: Job, owner: Owner, ending: threading.Event | None = None) -> Job | None:
+        # Its own at every attempt: whoever reads it back knows that the mark is this one.
+        mark = json.dumps({**asdict(owner), "claim": secrets.token_hex(8)}).encode()
+        key = _claim_key(job)
+
+        def put_mark() -> bool:
+            return self._backend.keys.put_if_absent(key, mark) or (
+                # A write whose answer was lost has happened all the same.
+                self._backend.keys.get(key) == mark
+            )
+
+        if not insist(put_mark, job.id, ending):
             return None
-        self.heartbeat(job, owner)
         running = job.model_copy(
             update={
                 "state": JobState.RUNNING,
@@ -325,7 +341,12 @@ class JobLedger:
                 "started_at": now(),
             }
         )
-        self.write(running)
+
+        def record() -> None:
+            self.heartbeat(job, owner)
+            self.write(running)
+
+        insist(record, job.id, ending)
         return running
 
     def _again(self, job: Job, message: str, *, bounded: bool = True) -> Job:

@@ -18,6 +18,7 @@ import psutil
 import structlog
 
 from server.jobs.child import memory_message
+from server.jobs.insist import insist
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import jobs_folder, open_store
@@ -86,9 +87,18 @@ class Supervisor:
         """
         folder = work_folder(self._settings, job.id)
         folder.mkdir(parents=True, exist_ok=True)
-        run = _Run(self._settings, self._ledger, self._owner, self._begin, job, folder, on_update)
+        run = _Run(
+            self._settings,
+            self._ledger,
+            self._owner,
+            self._begin,
+            job,
+            folder,
+            on_update,
+            ending,
+        )
         try:
-            ended = run.to_the_end(ending or threading.Event())
+            ended = run.to_the_end()
         finally:
             clean_up(self._settings, job.id, run.child_pid)
         on_update(ended)
@@ -133,7 +143,9 @@ class _Run:
         job: Job,
         folder: Path,
         on_update: OnUpdate,
+        ending: threading.Event | None,
     ) -> None:
+        self._ending = ending
         self._settings = settings
         self._begin = begin
         self._ledger = ledger
@@ -149,8 +161,13 @@ class _Run:
         self._changed = False
         self.child_pid: int | None = None
 
-    def to_the_end(self, ending: threading.Event) -> Job:
-        begun = self._start()
+    def to_the_end(self) -> Job:
+        try:
+            begun = self._start()
+        except OSError as error:
+            message = f"the job's process cannot be started ({error}); restart the job"
+            fault = JobFault(type=JobErrorKind.INTERRUPTED, message=message)
+            return self._finish(JobState.INTERRUPTED, message, error=fault)
         process = begun.process
         self.child_pid = process.pid
         self._owner = self._owner.next(process.pid)
@@ -166,7 +183,7 @@ class _Run:
                     break
                 moment = time.monotonic()
                 self._beat(moment)
-                if ending.is_set() and self._stop_sent_at is None:
+                if self._is_ending() and self._stop_sent_at is None:
                     putting_back = True
                     self._stop(begun, moment)
                 if self._stop_sent_at is None and self._asked_to_stop(moment):
@@ -179,8 +196,11 @@ class _Run:
             begun.end()
         return self._conclude(process.exitcode, putting_back)
 
+    def _is_ending(self) -> bool:
+        return self._ending is not None and self._ending.is_set()
+
     def _start(self) -> JobProcess:
-        params = self._ledger.params(self._job.id)
+        params = insist(lambda: self._ledger.params(self._job.id), self._job.id, self._ending)
         begun = self._begin()
         with suppress(OSError):  # it has died already; whoever listens to it finds that out
             begun.order(self._job.kind, params, self._errors)
@@ -255,7 +275,7 @@ class _Run:
         if "failed" in outcome:
             return self._fail(JobFault.model_validate(outcome["failed"]))
         if putting_back:
-            return _insist(lambda: self._ledger.put_back(self._job), self._job)
+            return self._insist(lambda: self._ledger.put_back(self._job))
         if "cancelled" in outcome or self._stop_sent_at is not None:
             return self._finish(JobState.CANCELLED, "cancelled")
         return self._died(exit_code)
@@ -295,7 +315,10 @@ class _Run:
                 self._job, state, message=message, result=result, error=error
             )
 
-        return _insist(finish, self._job)
+        return self._insist(finish)
+
+    def _insist(self, write: Callable[[], Job]) -> Job:
+        return insist(write, self._job.id, self._ending)
 
     def _say(self, line: str) -> None:
         stamp = now().strftime("%H:%M:%S")
@@ -326,19 +349,6 @@ class _Run:
             _log.warning("job ledger cannot be written", job=self._job.id, exc_info=True)
             return False
         return True
-
-
-def _insist(write: Callable[[], Job], job: Job) -> Job:
-    """Write how a job ended; a minute's trouble with the database must not lose it."""
-    for attempt in range(60):
-        try:
-            return write()
-        except Exception:
-            if attempt == 59:
-                raise
-            _log.warning("end of a job cannot be recorded yet", job=job.id, exc_info=True)
-            time.sleep(1.0)
-    raise AssertionError("unreachable")
 
 
 def _private_bytes(pid: int | None) -> int:

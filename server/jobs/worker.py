@@ -78,7 +78,7 @@ class Worker:
         supervisor = Supervisor(self._settings, self._ledger, self._owner, begin=begin)
         while not self._ending.is_set():
             try:
-                job = self._ledger.claim(lane, self._owner)
+                job = self._ledger.claim(lane, self._owner, ending=self._ending)
                 if job is None:
                     self._ending.wait(_POLL_S)
                     continue

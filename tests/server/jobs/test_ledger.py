@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from server.jobs import insist
 from server.jobs.backend import BackendError, open_backend
 from server.jobs.lanes import Lane
 from server.jobs.ledger import JobLedger
@@ -170,6 +173,68 @@ def test_messages_that_were_lost_are_found(ledger: JobLedger):
     assert claimed(ledger).id == max(ids)
     assert ledger.get(unlucky.id).state is JobState.INTERRUPTED
     assert ledger.requeue_lost(lost) == set()
+
+
+class Unsteady:
+    """A table whose ``call``-th write, and the ``more`` after it, fail before or after they act."""
+
+    def __init__(self, table: Any, calls: Iterator[int], call: int, more: int, acts: bool) -> None:
+        self._table = table
+        self._calls = calls
+        self._fails = range(call, call + more + 1)
+        self._acts = acts
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._table, name)
+        if name not in ("put", "put_if_absent"):
+            return found
+
+        def write(*arguments: Any) -> Any:
+            fails = next(self._calls) in self._fails
+            result = found(*arguments) if self._acts or not fails else None
+            if fails:
+                raise ConnectionError("the database is away")
+            return result
+
+        return write
+
+
+@pytest.mark.parametrize("acts", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_database_that_goes_away_within_a_claim(
+    ledger: JobLedger, monkeypatch: pytest.MonkeyPatch, call: int, more: int, acts: bool
+):
+    monkeypatch.setattr(insist, "PAUSE_S", 0.0)
+    job = ledger.submit(JobKind.UPDATE_ITEMS, DELETE)
+    calls = itertools.count()
+    names = ("records", "keys", "owners")
+    tables = {
+        name: Unsteady(getattr(ledger._backend, name), calls, call, more, acts) for name in names
+    }
+    unsteady = JobLedger(dataclasses.replace(ledger._backend, **tables))
+    running = unsteady.claim(Lane.CATALOG, ME)
+    assert next(calls) > 3 + more  # it did fail
+    assert running is not None
+    assert (running.id, running.state, running.attempt) == (job.id, JobState.RUNNING, 1)
+    assert ledger.get(job.id) == running
+    assert ledger.owner(job.id) == ME
+    # Nobody else takes it for lost.
+    assert ledger.requeue_lost({job.id}) == set()
+    assert ledger.claim(Lane.CATALOG, ME) is None
+
+
+def test_a_database_that_stays_away(ledger: JobLedger, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(insist, "PAUSE_S", 0.0)
+    ledger.submit(JobKind.UPDATE_ITEMS, DELETE)
+    keys = Unsteady(ledger._backend.keys, itertools.count(), 0, 10**6, False)
+    away = JobLedger(dataclasses.replace(ledger._backend, keys=keys))  # type: ignore[arg-type]
+    with pytest.raises(ConnectionError, match="is away"):
+        away.claim(Lane.CATALOG, ME)
+    # Its message is gone, and is found to be.
+    lost = ledger.requeue_lost(())
+    ledger.requeue_lost(lost)
+    assert claimed(ledger).attempt == 1
 
 
 def test_bounds(ledger: JobLedger):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,32 @@ async def test_requests_go_on_and_jobs_wait_for_it(
     running.client.headers["Authorization"] = f"Bearer {KEY}"
     command = [sys.executable, "-m", "server", "worker", "--store", str(small_store.root)]
     command += ["--jobs.database", flags["jobs.database"], "--jobs.no-keep-process-ready"]
-    worker = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    log = tmp_path / "worker.log"
+    with log.open("wb") as file:
+        worker = subprocess.Popen(command, stderr=file)
+
+    async def eventually(condition: Callable[[], Awaitable[Any]]) -> Any:
+        ends = time.monotonic() + 120
+        while not (found := await condition()):
+            assert worker.poll() is None, log.read_text()
+            assert time.monotonic() < ends, log.read_text()
+            await asyncio.sleep(0.05)
+        return found
+
+    async def ready() -> bool:
+        return "worker ready" in log.read_text()
 
     async def ended(job_id: str) -> Any:
-        ends = time.monotonic() + 120
-        while time.monotonic() < ends:
+        async def job() -> Any:
             response = await running.client.get(f"/admin/jobs/{job_id}")
-            if response.status_code == 200 and response.json()["finished_at"]:
-                return response.json()
-        raise AssertionError(f"job {job_id} did not end: {response.text}")
+            known = response.status_code == 200
+            return response.json() if known and response.json()["finished_at"] else None
+
+        return await eventually(job)
 
     try:
+        # One that found no database when it began would have ended, and rightly.
+        await eventually(ready)
         redis.kill()
         for response in (
             await running.client.get("/admin/jobs"),
@@ -92,7 +108,7 @@ async def test_requests_go_on_and_jobs_wait_for_it(
             assert response.json()["error"]["code"] == "store_unavailable"
         assert (await running.post({"history": ["1-3"], "top_k": 2})).status_code == 200
         assert (await running.client.get("/ready")).status_code == 200
-        assert worker.poll() is None
+        assert worker.poll() is None, log.read_text()
 
         redis.start()
         response = await running.client.patch("/admin/items", json=ITEMS)
@@ -101,7 +117,8 @@ async def test_requests_go_on_and_jobs_wait_for_it(
         # Dies again with the job in it, which is on its disk.
         redis.kill()
         redis.start()
-        assert (await ended(job))["state"] == "succeeded"
+        done = await ended(job)
+        assert done["state"] == "succeeded", (done, log.read_text())
         assert worker.poll() is None
         assert (await running.post({"history": ["1-3"], "top_k": 2})).status_code == 200
     finally:

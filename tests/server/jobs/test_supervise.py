@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -267,3 +268,18 @@ def test_the_process_of_a_job_goes_when_its_watcher_is_killed(workplace, tmp_pat
     assert process_is_gone(child)
     assert nothing_left(workplace)
     assert os.path.exists(workplace.root / ".jobs" / "jobs.sqlite3")
+
+
+def test_a_job_whose_process_cannot_be_started(workplace, start):
+    runner = start()
+
+    def full() -> Any:
+        raise BlockingIOError(errno.EAGAIN, "too many processes")
+
+    supervisor = Supervisor(runner.settings, runner.ledger, runner.owner, begin=full)
+    job, _ = runner.ledger.begin(JobKind.UPDATE_ITEMS, {"deletes": ["W0"]}, runner.owner)
+    ended = supervisor.run(job)
+    assert (ended.state, ended.error.type) == (JobState.INTERRUPTED, JobErrorKind.INTERRUPTED)
+    assert "too many processes" in ended.error.message
+    assert runner.ledger.get(job.id) == ended
+    assert nothing_left(workplace)
