@@ -19,15 +19,12 @@ from rich.table import Table
 from rectokens.cli.progress import progress_bar, say
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner
-from server.jobs.params import checked_params
+from server.jobs.params import COMMAND_ROOT, checked_params
 from server.jobs.places import open_ledger, require_store
 from server.jobs.supervise import Supervisor
 from server.jobs.types import Job, JobConflictError, JobKind, JobState
 from server.jobs.worker import Sweeper
 from server.settings import Settings
-
-# The folder of a file that is named on the command line and lies in no registered one.
-COMMAND_ROOT = "command-line"
 
 FAILED = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -112,12 +109,19 @@ def located(settings: Settings, *files: Path) -> tuple[Settings, str, list[str]]
         if all(file.is_relative_to(root) and file != root for file in absolute):
             return settings, name, [file.relative_to(root).as_posix() for file in absolute]
     # Whoever names a link here means what it leads to.
-    absolute = [Path(os.path.realpath(file)) for file in files]
-    root = Path(os.path.commonpath([file.parent for file in absolute]))
+    real = [Path(os.path.realpath(file)) for file in files]
+    for paths in (files, absolute, real):  # as they were given, so that messages name them so
+        try:
+            root = Path(os.path.commonpath([path.parent for path in paths]))
+        except ValueError:  # some begin at the root of the disk, some do not
+            continue
+        below = [path.relative_to(root) for path in paths]
+        if [Path(os.path.realpath(root), path) for path in below] == real:
+            break
     sources = (*settings.admin.sources, f"{COMMAND_ROOT}={root}")
     admin = settings.admin.model_copy(update={"sources": sources})
     extended = settings.model_copy(update={"admin": admin})
-    return extended, COMMAND_ROOT, [file.relative_to(root).as_posix() for file in absolute]
+    return extended, COMMAND_ROOT, [path.as_posix() for path in below]
 
 
 def list_jobs(settings: Settings, *, limit: int, as_json: bool) -> int:

@@ -23,6 +23,9 @@ ItemId = Annotated[str, StringConstraints(min_length=1, max_length=4_096)]
 RelativePath = Annotated[str, StringConstraints(min_length=1, max_length=1_024)]
 Note = Annotated[str, StringConstraints(min_length=1, max_length=1_000)]
 
+# The folder of a file that is named on the command line and lies in no registered one.
+COMMAND_ROOT = "command-line"
+
 _MOST_SHOWN = 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rectokens.catalog.source_limits import (
 )
 from rectokens.catalog.source_snapshot import SourceSnapshot
 from rectokens.catalog.sources import EmbeddingSource, ParquetEmbeddings, open_embeddings
-from server.jobs.params import EmbeddingSourceParams, ItemSourceParams
+from server.jobs.params import COMMAND_ROOT, EmbeddingSourceParams, ItemSourceParams
 from server.jobs.types import JobErrorKind, JobFailure
 
 _EMBEDDING_SUFFIXES = (".parquet", ".npy")
@@ -32,7 +33,7 @@ class OpenSource:
 
     Attributes:
         embeddings: to be read in batches, as often as need be.
-        name: ``root/path``, for messages.
+        name: for messages: ``root/path``; of a file on the command line the path as given.
         items: ids and what stands beside them; None where only embeddings were asked for.
     """
 
@@ -52,7 +53,7 @@ def open_source(
             that is missing, too large, damaged, of another shape or type than it should be, or
             that changed meanwhile. A ``ValueError`` raised in the block becomes one, too.
     """
-    name = f"{params.root}/{params.path}"
+    name = _shown_root(params.root, roots) + params.path
     try:
         files = _files(_resolve(roots, params.root, params.path), _EMBEDDING_SUFFIXES)
         ids = None
@@ -165,6 +166,15 @@ def _explain(error: Exception, params: EmbeddingSourceParams, roots: Mapping[str
         text = str(error)
     root = roots.get(params.root)
     if root is not None:
-        for spelled in {str(root.resolve()), str(root)}:
-            text = text.replace(spelled, params.root)
+        shown = _shown_root(params.root, roots)
+        for spelled in {str(root.resolve()), str(root.absolute())} - {"/"}:
+            text = text.replace(f"{spelled}/", shown).replace(spelled, shown.rstrip("/") or ".")
     return " ".join(text.split())
+
+
+def _shown_root(name: str, roots: Mapping[str, Path]) -> str:
+    """What stands for a root before the path of a file in messages, with the slash between."""
+    if name != COMMAND_ROOT or name not in roots:
+        return name + "/"
+    # Whoever gave the command knows the file by the path that it named.
+    return os.path.join(roots[name], "") if roots[name] != Path() else ""

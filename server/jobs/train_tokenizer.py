@@ -59,7 +59,7 @@ def train_tokenizer(
                 ),
             )
     fitted_on = {
-        "file": source.name,
+        "file": f"{params.source.root}/{params.source.path}",
         "rows": rows,
         "dim": source.embeddings.dim,
         "kind": params.kind,

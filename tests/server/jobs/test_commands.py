@@ -14,11 +14,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from rectokens.catalog.source_limits import SourceLimits
 from server.cli import app
+from server.jobs.commands import located
 from server.jobs.lanes import Lane
 from server.jobs.owner import Owner
+from server.jobs.params import ItemSourceParams
 from server.jobs.places import open_ledger
-from server.jobs.types import JobKind, JobState
+from server.jobs.sources import open_source
+from server.jobs.types import JobFailure, JobKind, JobState
+from server.settings import load_settings
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_a_job_is_followed_to_its_end(workplace, invoke, state: JobState, code: 
         (("rollback",), 1, "nothing to roll back to"),
         (("jobs", "nobody"), 1, "there is no such job"),
         (("jobs", "--cancel"), 2, "name the job"),
-        (("reindex", "--source", "/nowhere/x.parquet"), 1, "No such file"),
+        (("reindex", "--source", "/nowhere/x.parquet"), 1, "error: /nowhere: No such file"),
         (("jobs", "--jobs.database", "mysql://x"), 1, "allowed are a file"),
         (("jobs", "--jobs.namespace", "a b"), 2, "RECTOKENS_JOBS__NAMESPACE"),
     ],
@@ -122,6 +127,40 @@ def test_mistakes(invoke, arguments, code: int, message: str):
     result = invoke(*arguments)
     assert result.exit_code == code, result.output
     assert message in result.stderr
+
+
+def test_a_source_is_named_as_it_was_given(workplace, monkeypatch):
+    lake, limits = workplace.lake, SourceLimits(1_000, 1_000_000)
+    workplace.parquet("items.parquet", 50)
+    (lake / "ids.txt").write_text("a\nb\n")
+    # Of a link it is what it leads to that is read.
+    (lake.parent / "link.parquet").symlink_to(lake / "items.parquet")
+    here = str(lake / "items.parquet")
+
+    def refused(*files: str, **params: str) -> str:
+        settings, root, paths = located(load_settings({}), *map(Path, files))
+        ids = {"ids": paths[1]} if len(paths) > 1 else {}
+        source = ItemSourceParams(root=root, path=paths[0], **ids, **params)
+        with (
+            pytest.raises(JobFailure) as error,
+            open_source(source, settings.admin.source_folders, limits),
+        ):
+            pass
+        return error.value.message
+
+    monkeypatch.chdir(lake.parent)
+    for given, shown in [("lake/items.parquet", None), (here, None), ("link.parquet", here)]:
+        message = refused(given, id_column="name")
+        assert message.startswith(f"{shown or given} has no column 'name'")
+    few = "lake/items.parquet has 50 embeddings, but there are 2"
+    assert refused("lake/items.parquet", "lake/ids.txt").startswith(few)
+    few = f"{here} has 50 embeddings, but there are 2"
+    assert refused("lake/items.parquet", str(lake / "ids.txt")).startswith(few)
+    assert refused("lake/no.parquet") == "lake/no.parquet: No such file or directory"
+    assert refused("nowhere/no.parquet") == "nowhere: No such file or directory"
+    monkeypatch.chdir(lake)
+    assert refused("items.parquet", id_column="name").startswith("items.parquet has no column")
+    assert refused("../lake/no.parquet") == "../lake/no.parquet: No such file or directory"
 
 
 def test_without_a_store():
