@@ -37,6 +37,7 @@ class EngineBase:
     def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
         self._item_tokens = item_tokens
         self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
         self._prefixes = DevicePrefixes(self.device)
         # Copies made for the next batch shall not queue behind the kernels of the running one.
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest, SearchResult
 
@@ -108,6 +110,11 @@ class SearchEngine(Protocol):
     @property
     def hidden_size(self) -> int:
         """H of the input embeddings that a prompt may be given as."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the model's weights, as they were loaded."""
         ...
 
     @property

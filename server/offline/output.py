@@ -122,6 +122,14 @@ def _require_same(run: Path, asked: dict[str, Any]) -> None:
         before = json.loads(run.read_text())
     except (OSError, ValueError) as error:
         raise OfflineError(f"{run} cannot be read: {error}") from error
+    if not isinstance(before, dict):
+        raise OfflineError(f"{run} cannot be read: it holds no JSON object")
+    if before.get("format") != asked["format"]:
+        raise OfflineError(
+            f"{run} is of another version of rectokens, format {before.get('format')!r}, and does "
+            f"not tell all that format {asked['format']} does; end that run with the version that "
+            "began it, or give another folder"
+        )
     names = sorted({*before, *asked})
     other = [name for name in names if before.get(name) != asked.get(name)]
     if other:

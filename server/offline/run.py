@@ -18,7 +18,8 @@ from server.offline.users import UsersFile, user_of
 from server.release import Release
 from server.settings import Settings
 
-FORMAT = 1
+# 1 had the device and the type as they were asked for, not as they were.
+FORMAT = 2
 # Told the rows done of all rows, and how many of them in this run so far.
 Progress = Callable[[int, int], None]
 
@@ -132,8 +133,8 @@ def _asked(
         "model_version": release.model_version,
         "catalog_version": release.catalog.version,
         # Sums are rounded differently in another type, and in batches of another shape.
-        "device": settings.device,
-        "dtype": "fp8" if settings.engine.fp8 else settings.dtype,
+        "device": release.trie.device.type,
+        "dtype": "fp8" if settings.engine.fp8 else str(release.engine.dtype).removeprefix("torch."),
         "batching": {
             "max_requests": batching.max_requests,
             "max_beam_rows": batching.max_beam_rows,

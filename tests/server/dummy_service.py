@@ -67,6 +67,7 @@ class DummyEngine:
         self.max_prompt_tokens = 64
         self.prefix_cache: PrefixCacheStats | None = None
         self.vocab_size, self.hidden_size = 24, 8
+        self.dtype = torch.float32
         self.batches: list[list[SearchRequest]] = []
         self.gate = threading.Event()
         self.gate.set()

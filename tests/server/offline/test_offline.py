@@ -99,6 +99,8 @@ async def test_everybody_gets_what_the_service_answers(
     assert summary["items"] == sum(len(row["item_ids"]) for row in found)
     assert summary["shortfalls"]["filters"] == sum(row["shortfall"] is not None for row in found)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    asked = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (asked["device"], asked["dtype"]) == ("cpu", "float32")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -292,11 +294,17 @@ def test_another_run_s_folder_is_left_alone(tmp_path: Path, dummy: Any, settings
     rounded = settings.model_copy(
         update={"engine": settings.engine.model_copy(update={"fp8": True})}
     )
+    halved = dummy.DummyEngine()
+    halved.dtype = torch.bfloat16
     for change, message in [
         (lambda: run(users, out, release, settings, seed=8), "seed was 7 and is 8"),
         (lambda: run(users, out, release, settings, shard_rows=3), "shard_rows was 10 and is 3"),
         (lambda: run(users, out, release, other), "defaults was"),
-        (lambda: run(users, out, release, rounded), "dtype was 'auto' and is 'fp8'"),
+        (lambda: run(users, out, release, rounded), "dtype was 'float32' and is 'fp8'"),
+        (
+            lambda: run(users, out, dummy.make_release(halved), settings),
+            "dtype was 'float32' and is 'bfloat16'",
+        ),
         (
             lambda: run(users, out, dummy.make_release(model_version="b"), settings),
             "model_version was 'model0000000000a' and is 'b'",
@@ -310,9 +318,16 @@ def test_another_run_s_folder_is_left_alone(tmp_path: Path, dummy: Any, settings
             change()
     assert contents(out) == before
 
-    (out / "run.json").write_text("{")
-    with pytest.raises(OfflineError, match=r"run\.json cannot be read"):
-        run(users, out, release, settings)
+    asked = json.loads((out / "run.json").read_text())
+    for text, message in [
+        ("{", r"run\.json cannot be read"),
+        ("[1]", r"run\.json cannot be read: it holds no JSON object"),
+        (json.dumps({**asked, "format": 1, "device": "auto"}), "of another version .* format 1"),
+    ]:
+        (out / "run.json").write_text(text)
+        with pytest.raises(OfflineError, match=message):
+            run(users, out, release, settings)
+    assert contents(out) == before
     (out / "run.json").unlink()
     with pytest.raises(OfflineError, match=r"holds shards but no run\.json"):
         run(users, out, release, settings)
