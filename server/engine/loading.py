@@ -115,10 +115,11 @@ def build_engine(
         )
     if device_options is None and model.device.type == "cuda":
         device_options = DeviceOptions()
+    expected = _expected(model, item_tokens)
     if device_options is not None:
         if device_options.fp8:
             _refuse_fp8(fp8_refusal(model.device, model.dtype))
-        engine = _device_engine(model, item_tokens, pool, device_options)
+        engine = _device_engine(model, item_tokens, pool, device_options, expected)
         if engine is not None:
             return engine
         if device_options.fp8:
@@ -126,19 +127,22 @@ def build_engine(
                 "the model's layers cannot be computed in FP8, the log says why; leave "
                 "engine.fp8 out"
             )
-    runner = choose_runner(model, item_tokens)
+    runner = _choose_runner(model, item_tokens, expected)
     if pool is not None and pool.keep and isinstance(runner, SharedContextRunner):
         attach_pool(runner, pool, _TOLERANCE[model.dtype])
     return Engine(model, item_tokens, runner)
 
 
 def _device_engine(
-    model: Any, item_tokens: ItemTokens, pool: PoolOptions | None, options: DeviceOptions
+    model: Any,
+    item_tokens: ItemTokens,
+    pool: PoolOptions | None,
+    options: DeviceOptions,
+    expected: Tensor,
 ) -> DeviceEngine | None:
     """The engine for devices where it gives the model's own logits, else None."""
     if not _layer_types(model) <= _ATTENTION_LAYERS or model.dtype not in _TOLERANCE:
         return None
-    expected = _expected(model, item_tokens)
 
     def probe(runner: Runner) -> Tensor:
         return _probe(runner, item_tokens, model)
@@ -156,9 +160,12 @@ def choose_runner(model: Any, item_tokens: ItemTokens) -> Runner:
     which beams go on. So the choice is made by trying: two short prompts and three beams, against
     whole sequences without a cache.
     """
+    return _choose_runner(model, item_tokens, _expected(model, item_tokens))
+
+
+def _choose_runner(model: Any, item_tokens: ItemTokens, expected: Tensor) -> Runner:
     layer_types = _layer_types(model)
     plain_attention = model.config._attn_implementation
-    expected = _expected(model, item_tokens)
     if layer_types <= _ATTENTION_LAYERS:
         shared, reason = _tried(SharedContextRunner, model, item_tokens, expected)
         if shared is not None:
