@@ -14,7 +14,6 @@ themselves. ``floor_ms`` is the arithmetic of the model at ``--tflops`` and noth
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Iterator
@@ -414,15 +413,10 @@ def main(
         )
     )
     if out is not None:
-        is_new = not out.exists()
-        with out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            for row in rows:
-                writer.writerow(
-                    {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-                )
+        rounded = [
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        ]
+        timing.write_csv(out, COLUMNS, rounded, append=True)
     if widths and device != "cpu":
         for row in beam_memory(subject, sizes, sorted(map(int, widths.split(",")))):
             console.print("memory of a search:", {k: round(v, 1) for k, v in row.items()})

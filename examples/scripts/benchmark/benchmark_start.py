@@ -9,7 +9,6 @@ launched, which is what the default is compared with. ``kernels`` are those comp
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from rich.console import Console
 
 from examples.scripts.benchmark.benchmark_engine import Subject, users
 from examples.scripts.benchmark.benchmark_prefix_cache import MODELS, build
+from examples.scripts.benchmark.kernel_timing import write_csv
 from rectokens.kernels import compile_ahead
 from rectokens.ops.dispatch import triton_is_installed
 from server.engine.device.engine import DeviceOptions
@@ -102,12 +102,7 @@ def main(
             rows.append(dict(zip(COLUMNS, row, strict=True)))
             console.print(f"{step}: {seconds:.2f} s, {len(names) - before} kernels compiled")
     if out is not None:
-        is_new = not out.exists()
-        with out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        write_csv(out, COLUMNS, rows, append=True)
 
 
 if __name__ == "__main__":

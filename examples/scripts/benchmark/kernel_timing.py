@@ -105,12 +105,27 @@ def ratio(slow: float | None, fast: float | None) -> float | None:
     return round(slow / fast, 3)
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``rows``; what is None or missing is an empty field."""
+def write_csv(
+    path: Path,
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    append: bool = False,
+) -> None:
+    """Write ``rows``; what is None or missing is an empty field.
+
+    Args:
+        path: of the file; its folder is made.
+        columns: of the file, in order; a row may have no others.
+        rows: one line each.
+        append: to what the file holds already, of earlier runs with the same columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    begun = append and path.exists()
+    with path.open("a" if append else "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
+        if not begun:
+            writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
 
