@@ -79,7 +79,7 @@ load: $(VENV)/.installed-dev ## load a running server (LOAD=open, closed or step
 
 chaos: $(VENV)/.installed-dev ## tests at length: writers killed, payloads fuzzed, swaps under load
 	CHAOS_ROUNDS=50 FUZZ_EXAMPLES=10000 API_FUZZ_EXAMPLES=300 RANDOM_REQUESTS=10000 \
-		IDLE_CONNECTIONS=10000 RAW_REQUESTS=2000 $(TEST_ENV) \
+		IDLE_CONNECTIONS=10000 RAW_REQUESTS=2000 HYPOTHESIS_PROFILE=explore $(TEST_ENV) \
 		$(BIN)/python -m pytest -q tests/rectokens/artifacts tests/rectokens/prompt_embeds \
 		tests/server/offline tests/server/jobs tests/server/test_random_requests.py \
 		tests/server/test_swap_under_load.py tests/server/test_hostile_network.py \

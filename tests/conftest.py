@@ -1,15 +1,39 @@
-"""What all tests share: one torch thread, and tiny language models made from configurations."""
+"""What all tests share: one torch thread, the same chance every time, and tiny language models."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# The gate tries the same examples every time, however slow the machine; `make chaos` new ones.
+_ALWAYS: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.too_slow,
+        # Fixtures that examples share are only read, or are meant to be gone through by all.
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+}
+hypothesis.settings.register_profile("gate", derandomize=True, **_ALWAYS)
+hypothesis.settings.register_profile("explore", print_blob=True, **_ALWAYS)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -42,9 +42,7 @@ def assert_equal(one: Catalog, other: Catalog) -> None:
     assert one.tokenizer_fingerprint == other.tokenizer_fingerprint
 
 
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), with_metadata=st.booleans(), with_sets=st.booleans())
 def test_round_trip(tmp_path: Path, data, catalog_inputs, with_metadata, with_sets):
     ids, codes, codebook_size, prior = data.draw(catalog_inputs)

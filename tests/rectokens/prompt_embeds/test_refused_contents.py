@@ -308,11 +308,11 @@ def test_pickles_that_make_no_sense(forge, body):
 def test_a_pickle_that_doubles_itself_is_not_expanded(forge):
     # A tuple of a tuple of ... 800 deep, each holding the one before twice.
     body = b"\x80\x02)" + b"q\x00h\x00\x86" * 800
-    started = time.perf_counter()
+    started = time.thread_time()  # expanded, it would take longer than the universe is old
     for end in (b".", b"Q.", b"}h\x00K\x01s.", b"K\x01R."):
         with pytest.raises(PromptEmbedsError):
             load(forge.encoded(forge.archive(body + end, {})))
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 5
 
 
 def test_lists(forge):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.prompts.parts import ItemPart, PromptTooLongError
@@ -38,9 +38,7 @@ def rows(history) -> np.ndarray:
     return np.array(history, dtype=np.int64).reshape(len(history), L)
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, deadline=None)
 @given(recipes, histories, st.none() | st.integers(0, 70))
 def test_all_builders(aware, item_tokens, recipe, history, max_tokens):
     name, common, own = recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.prompts.parts import ItemPart, TextPart
@@ -14,9 +14,7 @@ from rectokens.prompts.registry import prompt_builder
 
 L, K = 3, 5
 
-shared = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+shared = settings(max_examples=150, deadline=None)
 
 items = st.builds(ItemPart, st.tuples(*[st.integers(0, K - 1)] * L))
 texts = st.builds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.prompts.parts import ItemPart, PromptTooLongError, TextPart
@@ -16,9 +16,7 @@ from rectokens.prompts.truncation import items_to_drop, items_to_drop_by_limits
 L, K = 3, 5
 ITEM = 1 + L
 
-shared = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+shared = settings(max_examples=150, deadline=None)
 
 
 def history(length):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -75,9 +75,7 @@ def requests_of(draw: st.DrawFn, num_items: int) -> SearchRequest:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_equals_the_reference(
     kind: str, data: st.DataObject, models: dict[str, Any], engines: dict[str, Engine]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.decoding.catalog_search import ReferenceSearch
@@ -71,9 +71,7 @@ def embedded(request: SearchRequest, model: Any) -> SearchRequest:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("runner", ["shared", "per beam"])
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_embeddings_of_the_ids_give_the_answer_of_the_ids(
     kind: str, runner: str, data: st.DataObject, engines: Any, catalog: Any
@@ -92,9 +90,7 @@ def test_embeddings_of_the_ids_give_the_answer_of_the_ids(
     assert engine.search([embedded(batch[0], model)], trie).results == alone
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, deadline=None)
 @given(request=requests())
 def test_the_reference_takes_embeddings_too(
     request: SearchRequest, engines: Any, catalog: Any

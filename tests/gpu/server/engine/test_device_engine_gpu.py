@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.decoding.catalog_search import ReferenceSearch
@@ -95,9 +95,7 @@ def test_start_up_compiles_side_by_side(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_equals_the_reference(
     kind: str, data: st.DataObject, models: dict[str, Any], engines: dict[str, DeviceEngine]
@@ -111,9 +109,7 @@ def test_equals_the_reference(
         assert_same(found, reference.search(request), atol=1e-4)
 
 
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_batches_begun_behind_others_equal_the_reference(
     data: st.DataObject, models: dict[str, Any], engines: dict[str, DeviceEngine]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectokens.integrations.hf.collator import (
@@ -20,9 +20,7 @@ def as_parts(history):
     return [p if isinstance(p, str) else torch.tensor(p, dtype=torch.float32) for p in history]
 
 
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, deadline=None)
 @given(
     batch=st.lists(parts, min_size=1, max_size=4),
     side=st.sampled_from(["left", "right"]),

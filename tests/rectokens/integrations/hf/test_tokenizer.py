@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
@@ -20,9 +20,7 @@ from rectokens.schemas.compact_csr_trie import CompactCSRTrie
 L, K = 3, 5
 
 # The tokenizer fixture is not changed by any test body, so examples may share it.
-shared = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+shared = settings(max_examples=60, deadline=None)
 
 
 def test_ids_are_contiguous_and_level_major(aware, text_tokenizer):

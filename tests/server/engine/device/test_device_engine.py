@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -89,9 +89,7 @@ def test_weights_that_run_together_are_held_once_and_the_model_goes_on(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_equals_the_reference(
     kind: str, data: st.DataObject, models: dict[str, Any], engines: dict[str, DeviceEngine]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,9 +53,7 @@ def model(tiny_lm: Callable[..., Any]) -> Any:
     return tiny_lm("llama", VOCAB, seed=3)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_equal_the_reference(data: st.DataObject, engine: DeviceEngine, model: Any) -> None:
     catalogs = [random_catalog(data.draw(st.integers(0, 99)), 30) for _ in range(2)]
