@@ -49,8 +49,10 @@ serve: $(VENV)/.installed-server ## build the demo once and serve it on 127.0.0.
 demo: $(VENV)/.installed-server ## build the demo, measure it through HTTP, stop
 	$(BIN)/python -m server demo --out $(DEMO) $(if $(DATA),--data $(DATA)) --evaluate
 
+# A test that hangs shows where, and fails by its name.
 test: $(VENV)/.installed-dev ## the whole suite
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 --dist worksteal \
+		-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	$(PIP_INSTALL) --editable '.[ray]'
