@@ -159,6 +159,15 @@ def invalid(param: str, message: str) -> ServiceError:
     return ServiceError(ErrorKind.INVALID_VALUE, message, param=param)
 
 
+def let_go(error: BaseException) -> None:
+    """Forget where an error came from, once it is answered and logged.
+
+    A future or a task keeps its exception, that the frames it passed, and one of those the future:
+    a cycle, and a request's frames hold a release, which only the garbage collector would free.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
 def error_body(kind: ErrorKind, message: str, param: str | None = None) -> dict[str, Any]:
     """The one shape of every error body."""
     return {

@@ -15,7 +15,7 @@ import structlog
 from server.batching.batcher import Batcher, QueueLimits
 from server.batching.policy import BatchLimits
 from server.bulk import BulkLane
-from server.errors import EngineFaultError, ErrorKind, ServiceError
+from server.errors import EngineFaultError, ErrorKind, ServiceError, let_go
 from server.metrics import Metrics
 from server.queries import RecommendQuery
 from server.recommender import Recommendation, Recommender
@@ -187,6 +187,7 @@ class Service:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.recommend(query, release)) for query in queries]
         except ExceptionGroup as failures:
+            let_go(failures)
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from server.api.locations import known_fields, models_within, param_of
 from server.api.responses import error_response
-from server.errors import EngineFaultError, ErrorKind, ServiceError, kind_of_status
+from server.errors import EngineFaultError, ErrorKind, ServiceError, kind_of_status, let_go
 from server.metrics import HttpMetrics
 
 _log = structlog.get_logger(__name__)
@@ -35,6 +35,7 @@ def install_error_handlers(app: FastAPI, metrics: HttpMetrics) -> None:
         metrics.rejected(error.kind)
         if isinstance(error, EngineFaultError):
             _log.error("engine fault", detail=error.detail)
+        let_go(error)
         return error_response(error.kind, error.message, param=error.param, headers=error.headers)
 
     async def on_invalid_body(request: Request, error: Exception) -> Response:

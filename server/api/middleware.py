@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.access.guard import ApiKeys, log_fields
 from server.access.middleware import ApiKeyMiddleware
 from server.api.responses import error_response
-from server.errors import INTERNAL_MESSAGE, ErrorKind
+from server.errors import INTERNAL_MESSAGE, ErrorKind, let_go
 from server.metrics import HttpMetrics
 from server.settings import Settings
 from server.tracing.spans import Spans
@@ -123,8 +123,9 @@ class RequestContextMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=request_id, **fields):
             try:
                 await self._app(scope, receive, send_with_id)
-            except Exception:
+            except Exception as error:
                 _log.exception("unexpected error", **log_fields(scope["state"]))
+                let_go(error)
                 self._metrics.rejected(ErrorKind.INTERNAL)
                 if status is None:
                     response = error_response(ErrorKind.INTERNAL, INTERNAL_MESSAGE)

@@ -36,6 +36,7 @@ from server.errors import (
     ErrorKind,
     ServiceError,
     error_body,
+    let_go,
 )
 from server.service import Service
 
@@ -164,8 +165,10 @@ async def _answer(body: RecommendRequest, service: Service) -> dict[str, Any]:
 def _failed(error: Exception, service: Service) -> dict[str, Any]:
     if not isinstance(error, ServiceError):
         _log.error("unexpected error", exc_info=error)
+        let_go(error)
         error = ServiceError(ErrorKind.INTERNAL, INTERNAL_MESSAGE)
     elif isinstance(error, EngineFaultError):
         _log.error("engine fault", detail=error.detail)
+    let_go(error)
     service.metrics.rejected(error.kind)
     return {"status": error.status, **error_body(error.kind, error.message, error.param)}

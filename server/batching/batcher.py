@@ -26,7 +26,7 @@ from server.batching.interfaces import Answer, BatchObserver, Searchable
 from server.batching.policy import BatchLimits, Decision, Waiting, form_batch
 from server.batching.prefetch import Ahead, Prefetcher
 from server.batching.throughput import Throughput
-from server.batching.waiting_room import Place, WaitingRoom, Work
+from server.batching.waiting_room import Outcome, Place, WaitingRoom, Work
 from server.engine.types import BatchOutcome, EngineFault, RunningBatch
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 
@@ -235,7 +235,7 @@ class Batcher:
                 this request failed in the engine, 503 where the engine died or the service
                 stopped.
         """
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         waiting = Waiting(
             key=place.key,
             deadline_s=place.deadline_s,
@@ -252,11 +252,14 @@ class Batcher:
             self._prefetcher.queue_changed()
         try:
             async with asyncio.timeout(place.deadline_s - self._clock()):
-                return await answer
+                outcome = await answer
         except TimeoutError:
             raise _deadline_exceeded() from None
         finally:
             self.leave(place)
+        if isinstance(outcome, Answer):
+            return outcome
+        raise outcome()
 
     def leave(self, place: Place) -> None:
         """Give up a place: its rows count no more and no batch will take it. Idempotent."""
@@ -437,12 +440,12 @@ class Batcher:
     def _fail(self, places: list[Place], kind: ErrorKind, message: str) -> None:
         for place in places:
             if place.is_wanted:
-                place.work.answer.set_exception(ServiceError(kind, message))
+                place.work.answer.set_result(partial(ServiceError, kind, message))
 
     def _expire(self, places: list[Place]) -> None:
         for place in places:
             if place.is_wanted:
-                place.work.answer.set_exception(_deadline_exceeded())
+                place.work.answer.set_result(_deadline_exceeded)
 
 
 def _deliver(places: Sequence[Place], waits: dict[int, float], outcome: BatchOutcome) -> None:
@@ -451,7 +454,7 @@ def _deliver(places: Sequence[Place], waits: dict[int, float], outcome: BatchOut
         if not place.is_wanted:
             continue
         if isinstance(result, EngineFault):
-            place.work.answer.set_exception(EngineFaultError(result.message))
+            place.work.answer.set_result(partial(EngineFaultError, result.message))
         else:
             place.work.answer.set_result(
                 Answer(result, waits[place.key], outcome.prefill_s, outcome.decode_s, tokens)

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 
 from server.batching.interfaces import Answer, Searchable
 from server.batching.policy import Waiting
+from server.errors import ServiceError
+
+# An answer, or what makes the error. Not the error: a future that keeps one, which keeps the frames
+# it passes, which keep the future, is a cycle, and its release stays in memory with it.
+Outcome = Answer | Callable[[], ServiceError]
 
 if TYPE_CHECKING:
     from rectokens.schemas.search import SearchRequest
@@ -30,7 +35,7 @@ class Work:
     release: Searchable
     search: SearchRequest
     queued_s: float
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[Outcome]
     waiting: Waiting
 
 
