@@ -14,6 +14,7 @@ from server.app import create_app
 from server.errors import ServiceError
 from server.release import ReleaseError
 from server.settings import load_settings
+from tests.waiting import until
 
 JSON = ((b"content-type", b"application/json"),)
 
@@ -23,6 +24,8 @@ def post(body: Any, path: str = "/v1/recommend") -> HttpRequest:
 
 
 def server(release: Any, **flags: Any) -> VariantServer:
+    # However slow the machine is just now.
+    flags = {"defaults__timeout_ms": 60_000, **flags}
     settings = load_settings({key.replace("__", "."): value for key, value in flags.items()})
     return VariantServer("a", "r1", create_app(settings, lambda: release))
 
@@ -76,12 +79,10 @@ async def test_its_load_is_the_beam_rows_that_wait_and_run(dummy: Any) -> None:
         asyncio.create_task(replica.call(post({"history": [], "top_k": 1, "beam_width": 10})))
         for _ in range(3)
     ]
-    while replica.load() != {"beam_rows": 30.0}:
-        await asyncio.sleep(0.005)
+    await until(lambda: replica.load() == {"beam_rows": 30.0}, replica.load)
     engine.gate.set()
     assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
-    while replica.load() != {"beam_rows": 0.0}:
-        await asyncio.sleep(0.005)
+    await until(lambda: replica.load() == {"beam_rows": 0.0}, replica.load)
     await replica.stop()
 
 
@@ -91,8 +92,7 @@ async def test_stopping_finishes_what_is_being_answered(dummy: Any) -> None:
     await replica.start()
     engine.gate.clear()
     call = asyncio.create_task(replica.call(post({"history": []})))
-    while not engine.batches:
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.batches)
     stopping = asyncio.create_task(replica.stop())
     await asyncio.sleep(0.05)
     assert not stopping.done()
@@ -107,11 +107,9 @@ async def test_cancelling_a_call_frees_its_place(dummy: Any) -> None:
     await replica.start()
     engine.gate.clear()
     first = asyncio.create_task(replica.call(post({"history": [], "beam_width": 20})))
-    while not engine.batches:
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.batches)
     second = asyncio.create_task(replica.call(post({"history": [], "beam_width": 20})))
-    while replica.load() != {"beam_rows": 40.0}:
-        await asyncio.sleep(0.005)
+    await until(lambda: replica.load() == {"beam_rows": 40.0}, replica.load)
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second

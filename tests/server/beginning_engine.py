@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 from server.engine.types import nobody_left
-from tests.server.dummy_service import DummyEngine
+from tests.server.dummy_service import LIMIT_S, DummyEngine
 
 
 class Run:
@@ -15,7 +15,7 @@ class Run:
         self.number = len(engine.begun) - 1
 
     def wait_for_prompts(self):
-        assert self.engine.prompts.wait(30)
+        assert self.engine.prompts.wait(LIMIT_S)
 
     def finish(self):
         self.engine.log.append(("finished", self.number))
@@ -47,6 +47,6 @@ class BeginningEngine(DummyEngine):
     async def wait_for_begun(self, count):
         def wait():
             with self._changed:
-                assert self._changed.wait_for(lambda: len(self.begun) >= count, 30)
+                assert self._changed.wait_for(lambda: len(self.begun) >= count, LIMIT_S)
 
         await asyncio.to_thread(wait)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 import structlog
 
 from tests.metrics_page import sample_of
+from tests.waiting import LIMIT_S, ended, until
 
 _SCRIPT = Path(__file__).with_name("dummy_service.py")
 
@@ -100,6 +100,8 @@ async def start_app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartApp]:
         async def start(
             release: Any = None, *, load: Any = None, wait: bool = True, **flags: Any
         ) -> RunningApp:
+            # However slow the machine is just now: few tests are about time.
+            flags = {"defaults__timeout_ms": 60_000, **flags}
             settings = load_settings({k.replace("__", "."): v for k, v in flags.items()})
             link = None
             if settings.store.path is not None:
@@ -113,8 +115,9 @@ async def start_app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartApp]:
                 )
             )
             running = RunningApp(app, client)
-            while wait and running.service.phase != "ready":
-                await asyncio.sleep(0.005)
+            if wait:
+                await until(lambda: running.service.phase == "ready" or running.service.load_error)
+                assert running.service.load_error is None
             return running
 
         yield start
@@ -139,12 +142,20 @@ class ServerProcess:
 
     def read_until(self, event: str) -> dict[str, Any]:
         """Read log lines up to the one with that event."""
-        while (line := self._unread.get(timeout=240)) is not None:
-            record = json.loads(line) if line.startswith("{") else {"event": line.strip()}
-            self.lines.append(record)
-            if record["event"] == event:
-                return record
+        with suppress(queue.Empty):
+            while (line := self._unread.get(timeout=LIMIT_S)) is not None:
+                record = json.loads(line) if line.startswith("{") else {"event": line.strip()}
+                self.lines.append(record)
+                if record["event"] == event:
+                    return record
         raise AssertionError(f"no {event!r} among {self.lines}")
+
+    def tell(self, word: str) -> None:
+        """``hold``, ``step`` or ``go``, where its behaviour is ``told``; done when this returns."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        self.read_until(word)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -152,7 +163,7 @@ class ServerProcess:
     def wait(self) -> tuple[int, str]:
         """Exit code and the rest of stderr."""
         assert self.process.stdout is not None
-        self.process.wait(timeout=30)
+        ended(self.process, lambda: "".join(iter(self._unread.get, None)))
         self.stdout = self.process.stdout.read()
         return self.process.returncode, "".join(iter(self._unread.get, None))
 
@@ -162,7 +173,7 @@ class ServerProcess:
             self.process.kill()
         self.process.wait()
         self._reader.join()
-        for pipe in (self.process.stdout, self.process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
 
@@ -182,6 +193,7 @@ def start_process() -> Iterator[Callable[..., ServerProcess]]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RECTOKENS_")}
         process = subprocess.Popen(
             [sys.executable, str(_SCRIPT), "0", behaviour, *flags],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,14 +6,16 @@ second argument says.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import structlog
 import torch
 from numpy.typing import NDArray
 
@@ -37,6 +39,8 @@ from server.release import Release
 
 NUM_ITEMS = 30
 FINGERPRINT = "ab" * 32
+# Nothing takes so long unless it hangs, whatever else the machine does.
+LIMIT_S = 240
 ITEM_IDS = [f"B{i:03d}" for i in range(NUM_ITEMS)]
 ITEM_TOKENS = ItemTokens(
     offset=10, level_stride=4, num_levels=3, codebook_size=4, start_token_id=1, end_token_id=2
@@ -98,7 +102,7 @@ class DummyEngine:
             if prepared.thread != threading.current_thread().name:
                 self.run_ahead.append(list(requests))
             self._changed.notify_all()
-        if not self.gate.wait(timeout=30):
+        if not self.gate.wait(timeout=LIMIT_S):
             raise RuntimeError("nobody opened the gate")
         self.left.append([has_left(row) for row in range(len(requests))])
         self.on_search(requests)
@@ -115,15 +119,41 @@ class DummyEngine:
         """Block until exactly that batch has been prepared ahead."""
         with self._changed:
             if not self._changed.wait_for(
-                lambda: ("prefetch", list(requests)) in self.prepared, timeout=30
+                lambda: ("prefetch", list(requests)) in self.prepared, timeout=LIMIT_S
             ):
                 raise TimeoutError(f"prepared are {self.prepared}")
 
     def wait_for_batches(self, count: int) -> None:
         """Block until that many batches have begun."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self.batches) >= count, timeout=30):
-                raise TimeoutError(f"{len(self.batches)} batches after 30 s, wanted {count}")
+            if not self._changed.wait_for(lambda: len(self.batches) >= count, timeout=LIMIT_S):
+                raise TimeoutError(f"{len(self.batches)} batches after {LIMIT_S} s, wanted {count}")
+
+
+class Turns:
+    """Lets batches pass as it is told, line by line: ``hold`` none, ``step`` one more, ``go`` all.
+
+    Each line is logged once it holds.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._left = math.inf
+
+    def take(self, requests: Sequence[SearchRequest]) -> None:
+        """Wait until a batch may pass."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left > 0)
+            self._left -= 1
+
+    def follow(self, lines: Iterable[str]) -> None:
+        """Do as they say, until there are no more."""
+        for line in lines:
+            word = line.strip()
+            with self._changed:
+                self._left = {"hold": 0, "step": self._left + 1, "go": math.inf}[word]
+                self._changed.notify_all()
+            structlog.get_logger(__name__).info(word)
 
 
 def first_allowed(request: SearchRequest, trie: CatalogTrie) -> SearchResult:
@@ -199,7 +229,11 @@ def make_release(
 
 
 def main(port: str, behaviour: str, *flags: str) -> int:
-    """Serve on a port; behaviour is ok, slow (half a second a batch) or broken (cannot load)."""
+    """Serve on a port.
+
+    Behaviour is ok, slow (half a second a batch), told (see Turns, by stdin), broken (cannot load)
+    or loading (for as long as anybody looks).
+    """
     from server.release import ReleaseError
     from server.run import run_service
     from server.settings import load_settings
@@ -207,12 +241,16 @@ def main(port: str, behaviour: str, *flags: str) -> int:
     engine = DummyEngine()
     if behaviour == "slow":
         engine.on_search = lambda requests: time.sleep(0.5)
+    if behaviour == "told":
+        turns = Turns()
+        engine.on_search = turns.take
+        threading.Thread(target=turns.follow, args=(sys.stdin,), daemon=True).start()
 
     def load() -> Release:
         if behaviour == "broken":
             raise ReleaseError("the model folder is empty")
         if behaviour == "loading":
-            time.sleep(60)
+            time.sleep(3_600)
         return make_release(engine)
 
     options = dict(flag.split("=", 1) for flag in flags)

@@ -22,6 +22,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from server.run import listen
+from tests.waiting import LIMIT_S
 
 # Requests of each kind (right, wrong) and route.
 EXAMPLES = int(os.environ.get("API_FUZZ_EXAMPLES", "5"))
@@ -77,7 +78,7 @@ def fuzz(
         How often each route answered with each status.
     """
     statuses: dict[str, Counter[int]] = {}
-    document = httpx.get(f"{url}/openapi.json").raise_for_status().json()
+    document = httpx.get(f"{url}/openapi.json", timeout=LIMIT_S).raise_for_status().json()
     for methods in document["paths"].values():
         for operation in methods.values():
             operation.pop("security", None)
@@ -120,7 +121,9 @@ def _asking(
         _take_time(case.body)
         if adjust is not None and with_known_ids:
             adjust(case)
-        response = case.call(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        response = case.call(
+            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT_S
+        )
         seen[response.status_code] += 1
         case.validate_response(response, excluded_checks=unchecked)
 

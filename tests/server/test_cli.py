@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.settings import setting_fields
+from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +21,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         cwd=ROOT,
         env={**base, "COLUMNS": "200", **environment},
-        timeout=60,
+        timeout=LIMIT_S,
         check=False,
     )
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from server.engine.pool_setup import PoolOptions
+from tests.waiting import LIMIT_S, until
 
 ALL_ITEMS = [f"item-{i}" for i in range(400)]
 ITEMS = [f"item-{i}" for i in (1, 2, 3, 7, 8, 9, 10, 11)]
@@ -73,19 +74,17 @@ async def together(running: Any, bodies: list[dict[str, Any]]) -> list[httpx.Res
         nonlocal first
         if first:
             first = False
-            asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(timeout=30)
+            asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(timeout=LIMIT_S)
         return run(*arguments)
 
     engine.run = held
     try:
         head = asyncio.create_task(running.post(body("item-20")))
-        while first:
-            await asyncio.sleep(0.001)
+        await until(lambda: not first)
         tasks = [asyncio.create_task(running.post(one)) for one in bodies]
-        while running.service._batcher.queued_requests < len(bodies):
-            await asyncio.sleep(0.001)
-        # Those admitted have to be queued, too.
-        await asyncio.sleep(0.05)
+        # Admitted is not enough: they have to wait in the queue.
+        room = running.service._batcher._room
+        await until(lambda: len(room.snapshot()) == len(bodies))
         gate.set()
         await head
         return await asyncio.gather(*tasks)

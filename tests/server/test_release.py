@@ -20,6 +20,7 @@ from rectokens.prompts.recipe import PromptRecipe
 from rectokens.schemas.item_tokens import ItemTokens
 from server.release import ReleaseError, load_release
 from server.settings import load_settings
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("no_settings")
 FINGERPRINT = "ab" * 32
@@ -174,7 +175,7 @@ def test_the_command_ends_with_1_and_one_message(tmp_path):
         text=True,
         cwd=Path(__file__).parents[2],
         env={k: v for k, v in os.environ.items() if not k.startswith("RECTOKENS_")},
-        timeout=60,
+        timeout=LIMIT_S,
         check=False,
     )
     assert result.returncode == 1

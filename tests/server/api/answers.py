@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from server.api.schemas import RecommendResponse
+from tests.waiting import until
 
 
 def ids(response):
@@ -20,6 +21,15 @@ def assert_error(response, status, code, param=None):
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["code"], error["param"]) == (code, param), error
     return error["message"]
+
+
+async def metric_is(running, line, value):
+    """Wait until a metric has some value."""
+
+    async def seen():
+        return await running.metric(line) == value
+
+    await until(seen, lambda: line)
 
 
 async def begun(engine, batches):

@@ -5,6 +5,8 @@ import threading
 
 import pytest
 
+from tests.waiting import LIMIT_S, until
+
 
 def assert_unavailable(response, code):
     assert response.status_code == 503
@@ -36,7 +38,7 @@ async def test_while_loading_it_is_alive_but_not_ready(start_app, dummy):
     go_on = threading.Event()
 
     def load():
-        assert go_on.wait(timeout=30)
+        assert go_on.wait(timeout=LIMIT_S)
         return dummy.make_release()
 
     running = await start_app(None, load=load, wait=False)
@@ -50,8 +52,7 @@ async def test_while_loading_it_is_alive_but_not_ready(start_app, dummy):
         assert_unavailable(response, "loading")
         assert response.headers["Retry-After"] == "1"
     go_on.set()
-    while running.service.phase != "ready":
-        await asyncio.sleep(0.005)
+    await until(lambda: running.service.phase == "ready")
     assert (await running.client.get("/ready")).status_code == 200
     assert (await running.post({"history": []})).status_code == 200
 
@@ -63,8 +64,7 @@ async def test_a_failed_load_is_told_and_never_becomes_ready(start_app):
         raise ReleaseError("no such folder")
 
     running = await start_app(None, load=load, wait=False)
-    while running.service.load_error is None:
-        await asyncio.sleep(0.005)
+    await until(lambda: running.service.load_error is not None)
     assert_unavailable(await running.client.get("/ready"), "loading")
 
 
@@ -74,7 +74,7 @@ async def test_while_draining_it_is_alive_but_not_ready_and_finishes_what_it_has
     engine.gate.clear()
     task = asyncio.create_task(running.post({"history": []}))
     await asyncio.to_thread(engine.wait_for_batches, 1)
-    draining = asyncio.create_task(running.service.drain(timeout_s=30))
+    draining = asyncio.create_task(running.service.drain(timeout_s=LIMIT_S))
     await asyncio.sleep(0)
     assert_unavailable(await running.client.get("/ready"), "draining")
     assert_unavailable(await running.post({"history": []}), "draining")

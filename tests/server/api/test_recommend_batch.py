@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from server.api.recommend_batch import RecommendBatchLine
+from tests.waiting import LIMIT_S, until
 
 URL = "/v1/recommend/batch"
 
@@ -117,12 +118,14 @@ async def test_no_more_are_in_flight_than_allowed(running, engine):
 
 async def test_an_online_request_waits_for_few_of_them_only(running, engine):
     """Eight may be in flight, so however many there are, the next batch but one has room."""
-    engine.on_search = lambda requests: time.sleep(0.01)
+    engine.on_search = lambda requests: engine.gate.clear() if len(engine.batches) == 3 else None
     bulk = asyncio.create_task(batch(running, *[{"history": [], "beam_width": 20}] * 200))
-    await asyncio.to_thread(engine.wait_for_batches, 3)
+    await asyncio.to_thread(engine.wait_for_batches, 4)
+    online = asyncio.create_task(running.post({"history": [], "beam_width": 33}))
+    await until(lambda: running.service._batcher.queued_beam_rows % 20 == 13)
     before = len(engine.batches)
-    response = await running.post({"history": [], "beam_width": 33})
-    assert response.status_code == 200
+    engine.gate.set()
+    assert (await online).status_code == 200
     mine = next(i for i, b in enumerate(engine.batches) if any(r.beam_width == 33 for r in b))
     assert mine - before <= 2
     assert len(lines_of((await bulk).text)) == 200
@@ -134,8 +137,7 @@ async def test_a_full_queue_is_waited_out(start_app, dummy, engine):
     online = asyncio.create_task(running.post({"history": []}))
     await asyncio.to_thread(engine.wait_for_batches, 1)
     queued = asyncio.create_task(running.post({"history": []}))
-    while running.service._batcher.queued_requests < 1:
-        await asyncio.sleep(0.001)
+    await until(lambda: running.service._batcher.queued_requests == 1)
     bulk = asyncio.create_task(batch(running, *[{"history": []}] * 5))
     await asyncio.sleep(0.05)
     engine.gate.set()
@@ -145,9 +147,9 @@ async def test_a_full_queue_is_waited_out(start_app, dummy, engine):
 
 async def test_what_had_no_turn_in_time_fails(start_app, dummy, engine):
     running = await start_app(
-        dummy.make_release(engine), limits__bulk_timeout_s=0.1, batching__max_bulk_in_flight=1
+        dummy.make_release(engine), limits__bulk_timeout_s=0.5, batching__max_bulk_in_flight=1
     )
-    engine.on_search = lambda requests: time.sleep(0.15)
+    engine.on_search = lambda requests: time.sleep(0.6)
     lines = lines_of((await batch(running, *[{"history": []}] * 3)).text)
     assert [line["status"] for line in lines] == [200, 504, 504]
     assert "bulk request" in lines[1]["error"]["message"]
@@ -205,12 +207,14 @@ class Connection:
 
 async def test_a_client_that_does_not_read_stops_the_work(running, engine):
     connection = Connection(running.app, {"requests": [{"history": []}] * 500})
-    done = 0
-    while done < (done := sum(map(len, engine.batches))) or done == 0:
-        await asyncio.sleep(0.05)
+    done = quiet = 0
+    while quiet < 5:
+        await asyncio.sleep(0.02)
+        before, done = done, sum(map(len, engine.batches))
+        at_rest = 0 < done == before and running.service._batcher.queued_requests == 0
+        quiet = quiet + 1 if at_rest else 0
     # One being sent, eight answers kept, eight workers that hold one each.
     assert done <= 8 * 2 + 1
-    assert running.service._batcher.queued_requests == 0
     # Meanwhile the lane is free for others.
     assert (await batch(running, {"history": []})).status_code == 200
     for _ in range(500):
@@ -241,19 +245,23 @@ async def test_a_client_that_never_reads_is_cut_off(start_app, dummy, monkeypatc
     monkeypatch.setattr(recommend_batch, "_LAST_LINES_S", 0.05)
     running = await start_app(dummy.make_release(), limits__bulk_timeout_s=0.05)
     connection = Connection(running.app, {"requests": [{"history": []}] * 50})
-    await asyncio.wait_for(connection.task, 10)
+    await asyncio.wait_for(connection.task, LIMIT_S)
     assert connection.lines == []
     assert running.service.bulk._streams == 0
 
 
 def test_over_a_socket_lines_come_as_they_finish(start_process):
-    """Half a second a batch: the first line is there long before the last."""
-    server = start_process("slow", "batching.max_requests=1")
+    """Each is there before the next one is worked at."""
+    server = start_process("told", "batching.max_requests=1")
     server.read_until("release active")
+    server.tell("hold")
     body = {"requests": [{"history": []}] * 3}
-    arrived: list[float] = []
-    with httpx.stream("POST", server.url + URL, json=body, timeout=30) as response:
+    server.tell("step")  # who asks may not hear anything before that
+    with httpx.stream("POST", server.url + URL, json=body, timeout=LIMIT_S) as response:
         assert response.status_code == 200
-        arrived.extend(time.monotonic() for _ in response.iter_lines())
-    assert len(arrived) == 3
-    assert arrived[2] - arrived[0] > 0.6
+        lines = response.iter_lines()
+        assert json.loads(next(lines))["status"] == 200
+        for _ in range(2):
+            server.tell("step")
+            assert json.loads(next(lines))["status"] == 200
+        assert list(lines) == []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.server.api.answers import assert_error, begun, ids
+from tests.server.api.answers import assert_error, begun, ids, metric_is
+from tests.waiting import LIMIT_S
 
 
 async def test_a_full_queue_is_a_429_with_retry_after(start_app, dummy, engine):
@@ -18,8 +19,7 @@ async def test_a_full_queue_is_a_429_with_retry_after(start_app, dummy, engine):
     first = asyncio.create_task(running.post({"history": [], "beam_width": 10}))
     await begun(engine, 1)
     second = asyncio.create_task(running.post({"history": [], "beam_width": 50}))
-    while await running.metric("rectokens_queue_beam_rows") != 50:
-        await asyncio.sleep(0.005)
+    await metric_is(running, "rectokens_queue_beam_rows", 50)
     refused = await running.post({"history": [], "beam_width": 20})
     message = assert_error(refused, 429, "overloaded")
     assert "50 beam rows" in message
@@ -67,8 +67,7 @@ async def test_concurrent_requests_share_a_batch(running, engine):
         asyncio.create_task(running.post({"history": [f"B{i:03d}"], "top_k": i + 1}))
         for i in range(6)
     ]
-    while await running.metric("rectokens_queue_requests") != 6:
-        await asyncio.sleep(0.005)
+    await metric_is(running, "rectokens_queue_requests", 6)
     engine.gate.set()
     responses = await asyncio.gather(first, *others)
     assert [len(ids(response)) for response in responses] == [10, 1, 2, 3, 4, 5, 6]
@@ -80,12 +79,10 @@ async def test_a_request_keeps_the_release_it_was_admitted_under(running, engine
     before = asyncio.create_task(running.post({"history": []}))
     await begun(engine, 1)
     queued = asyncio.create_task(running.post({"history": []}))
-    while await running.metric("rectokens_queue_requests") != 1:
-        await asyncio.sleep(0.005)
+    await metric_is(running, "rectokens_queue_requests", 1)
     running.service.activate(dummy.make_release(model_version="model0000000000b"))
     after = asyncio.create_task(running.post({"history": []}))
-    while await running.metric("rectokens_queue_requests") != 2:
-        await asyncio.sleep(0.005)
+    await metric_is(running, "rectokens_queue_requests", 2)
     engine.gate.set()
     versions = [(await task).json()["model_version"][-1] for task in (before, queued, after)]
     assert versions == ["a", "a", "b"]
@@ -131,8 +128,7 @@ async def test_a_client_that_leaves_frees_its_place_in_the_queue(running, engine
         return message
 
     leaver = asyncio.create_task(call_asgi(running.app, receive))
-    while await running.metric("rectokens_queue_requests") != 1:
-        await asyncio.sleep(0.005)
+    await metric_is(running, "rectokens_queue_requests", 1)
     leave.set()
     await leaver
     assert await running.metric("rectokens_queue_requests") == 0
@@ -153,14 +149,14 @@ async def test_health_answers_while_requests_are_being_prepared(start_app, dummy
 
     def slow(query, release):
         entered.set()
-        assert go_on.wait(timeout=30)
+        assert go_on.wait(timeout=LIMIT_S)
         return prepare(query, release)
 
     monkeypatch.setattr("server.recommender.prepare", slow)
     running = await start_app(dummy.make_release())
     body = {"history": ["B001"] * 1_000, "exclude_items": ["B002"] * 1_100}
     task = asyncio.create_task(running.post(body))
-    await asyncio.to_thread(entered.wait, 30)
+    await asyncio.to_thread(entered.wait, LIMIT_S)
     assert (await running.client.get("/health")).status_code == 200
     go_on.set()
     assert (await task).status_code == 200

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.waiting import LIMIT_S, ended, wait_until
+
 KEY = "a-key-of-the-tests"
 ITEMS = 60
 
@@ -27,7 +28,7 @@ class Operator:
 
     def __init__(self, base: str, log: Path) -> None:
         self.client = httpx.Client(
-            base_url=base, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+            base_url=base, headers={"Authorization": f"Bearer {KEY}"}, timeout=LIMIT_S
         )
         self.log = log
 
@@ -37,7 +38,7 @@ class Operator:
         assert accepted.status_code == 202, accepted.text
         last: Any = None
         url = accepted.headers["Location"] + "/events"
-        with self.client.stream("GET", url, timeout=120) as events:
+        with self.client.stream("GET", url, timeout=LIMIT_S) as events:
             for line in events.iter_lines():
                 if line.startswith("data: "):
                     last = json.loads(line.removeprefix("data: "))
@@ -81,21 +82,19 @@ def operator(small_store: Any, tmp_path: Path) -> Iterator[Operator]:
         yield Operator(base_url(log, service), log)
     finally:
         service.terminate()
-        code = service.wait(60)
+        code = ended(service, log.read_text)
     assert code == 0, log.read_text()
 
 
 def base_url(log: Path, service: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    def ready() -> str | None:
         assert service.poll() is None, log.read_text()
-        found = re.search(r'"port":(\d+)', log.read_text())
-        if found:
-            base = f"http://127.0.0.1:{found[1]}"
-            if httpx.get(f"{base}/ready", timeout=30).status_code == 200:
-                return base
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+        if not (found := re.search(r'"port":(\d+)', log.read_text())):
+            return None
+        base = f"http://127.0.0.1:{found[1]}"
+        return base if httpx.get(f"{base}/ready", timeout=LIMIT_S).status_code == 200 else None
+
+    return str(wait_until(ready, log.read_text))
 
 
 def write_source(path: Path, prefix: str = "lake", items: int = ITEMS) -> bytes:

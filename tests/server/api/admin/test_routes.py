@@ -6,6 +6,7 @@ import asyncio
 import json
 
 from server.jobs.types import JobState
+from tests.waiting import LIMIT_S, until
 
 
 async def params_of(admin, response):
@@ -247,8 +248,7 @@ async def test_a_watcher_who_leaves_frees_its_place(admin, monkeypatch):
     job = (await admin.post("/catalogs/rollback")).json()
     watching = asyncio.create_task(admin.get(f"/jobs/{job['id']}/events"))
     watchers = admin.running.app.state.job_watchers
-    while not watchers:
-        await asyncio.sleep(0.01)
+    await until(lambda: watchers)
     refused = await admin.get(f"/jobs/{job['id']}/events")
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     watching.cancel()
@@ -287,7 +287,7 @@ async def watch_until(admin, job, leave):
         if leave(b"".join(sent)):
             leaves.set()
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_S):
         await admin.running.app(scope, receive, send)
     return b"".join(sent).decode()
 
@@ -385,7 +385,7 @@ async def test_a_drain_waits_for_running_requests(admin):
 
     def slow(prepared, *args):
         loop.call_soon_threadsafe(inside.set)
-        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(LIMIT_S)
         return run(prepared, *args)
 
     engine.run = slow
