@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from rectokens.schemas.search import SearchRequest
+from tests.waiting import until
 
 
 def search(beam_width=10, prompt_tokens=3):
@@ -14,7 +15,7 @@ def search(beam_width=10, prompt_tokens=3):
     )
 
 
-async def ask(batcher, release, request=None, timeout_s=30.0):
+async def ask(batcher, release, request=None, timeout_s=600.0):
     request = request or search()
     with batcher.admit(request.beam_width, time.monotonic() + timeout_s) as place:
         return await batcher.run(place, release, request)
@@ -33,10 +34,12 @@ async def begun(engine, batches):
 async def prepared_ahead(batcher, engine, requests):
     """Wait until exactly these are prepared to be the next batch."""
     await asyncio.to_thread(engine.wait_for_prepared, requests)
-    while batcher._prefetcher._ahead is None or (
-        len(batcher._prefetcher._ahead.keys) != len(requests)
-    ):
-        await asyncio.sleep(0.001)
+
+    def is_so():
+        ahead = batcher._prefetcher._ahead
+        return ahead is not None and len(ahead.keys) == len(requests)
+
+    await until(is_so, lambda: batcher._prefetcher._ahead)
 
 
 async def ask_while_busy(batcher, release, requests):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from server.batching.batcher import Batcher, QueueLimits
 from server.batching.policy import BatchLimits
 
 LIMITS = BatchLimits(max_requests=8, max_beam_rows=1_000, max_prompt_tokens=1_000)
+
+
+class Clock:
+    """One that goes on when it is told only; a deadline of the real one is not before its own."""
+
+    def __init__(self):
+        self.now = time.monotonic()
+
+    def __call__(self):
+        return self.now
 
 
 class Observer:
@@ -25,6 +37,11 @@ class Observer:
 
 
 @pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
 def release(dummy):
     return dummy.make_release()
 
@@ -33,13 +50,15 @@ def release(dummy):
 async def make_batcher():
     started: list[Batcher] = []
 
-    def make(limits=LIMITS, max_queued_beam_rows=1_000, max_queued_requests=1_000):
+    def make(
+        limits=LIMITS, max_queued_beam_rows=1_000, max_queued_requests=1_000, clock=time.monotonic
+    ):
         queue_limits = QueueLimits(max_queued_requests, max_queued_beam_rows)
-        batcher = Batcher(limits, queue_limits, Observer())
+        batcher = Batcher(limits, queue_limits, Observer(), clock)
         batcher.start()
         started.append(batcher)
         return batcher
 
     yield make
     for batcher in started:
-        await batcher.stop(timeout_s=10)
+        await batcher.stop(timeout_s=60)

@@ -12,6 +12,7 @@ from rectokens.schemas.search import SearchRequest
 from server.engine.types import EngineBrokenError
 from server.errors import EngineFaultError, ErrorKind, ServiceError
 from tests.server.batching.asking import ask, ask_while_busy, begun, prepared_ahead, search, settled
+from tests.waiting import LIMIT_S
 
 
 class Hog:
@@ -312,7 +313,7 @@ async def test_a_dead_engine_thread_answers_everybody_at_once(make_batcher, rele
 async def test_stopping_answers_those_who_wait(make_batcher, release):
     batcher = make_batcher()
     head, (queued,) = await ask_while_busy(batcher, release, [search()])
-    stopping = asyncio.create_task(batcher.stop(timeout_s=10))
+    stopping = asyncio.create_task(batcher.stop(timeout_s=LIMIT_S))
     (error,) = await asyncio.gather(queued, return_exceptions=True)
     assert error.kind is ErrorKind.DRAINING
     release.engine.gate.set()

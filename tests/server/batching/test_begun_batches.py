@@ -12,6 +12,7 @@ from server.errors import EngineFaultError, ErrorKind
 from tests.server.batching.asking import ask, search, settled
 from tests.server.beginning_engine import BeginningEngine
 from tests.server.dummy_service import make_release
+from tests.waiting import LIMIT_S, until
 
 
 @pytest.fixture
@@ -58,15 +59,14 @@ async def test_the_next_batch_is_begun_at_the_end_of_the_one_before(make_batcher
     engine.gate.set()
     await asyncio.gather(*tasks)
     assert engine.batches == engine.begun
-    async with asyncio.timeout(30):
-        while batcher.beam_rows:  # counted until shortly after the answers are handed out
-            await asyncio.sleep(0.001)
+    # Counted until shortly after the answers are handed out.
+    await until(lambda: batcher.beam_rows == 0)
     assert batcher._observer.started == [(1, 2), (2, 7)]
 
 
 async def test_a_batch_is_answered_while_the_next_one_runs(make_batcher, engine, release):
     held = threading.Event()
-    engine.on_search = lambda requests: held.wait(30) if len(engine.batches) == 2 else None
+    engine.on_search = lambda requests: held.wait(LIMIT_S) if len(engine.batches) == 2 else None
     first, second = await one_behind_another(make_batcher(), engine, release, search())
     engine.gate.set()
     await first
@@ -168,7 +168,7 @@ async def test_a_broken_device_fails_all_that_was_begun(make_batcher, engine, re
 async def test_what_was_begun_is_answered_before_the_threads_end(make_batcher, engine, release):
     batcher = make_batcher()
     tasks = await one_behind_another(batcher, engine, release, search())
-    stopping = asyncio.create_task(batcher.stop(timeout_s=30))
+    stopping = asyncio.create_task(batcher.stop(timeout_s=LIMIT_S))
     await settled()
     engine.gate.set()
     assert await stopping
