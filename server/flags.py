@@ -146,6 +146,8 @@ def _negated(flag: str) -> str:
 def _metavar(field: SettingField) -> str:
     if get_origin(field.info.annotation) is tuple:
         return "TEXT"
+    if field.path.endswith("_file"):
+        return "FILE"
     types = {field.info.annotation, *get_args(field.info.annotation)}
     for kind, metavar in ((Path, "DIR"), (int, "INT"), (float, "NUM")):
         if kind in types:

@@ -68,6 +68,21 @@ def test_commands_exist_with_their_options(page: Path) -> None:
         assert used <= known, f"{words}: {used - known}"
 
 
+def test_settings_are_named_by_their_flags() -> None:
+    """A switch takes no value: its other position is a flag of its own."""
+    switches = {}
+    for command in typer.main.get_command(server_cli).commands.values():  # type: ignore[attr-defined]
+        for option in command.params:
+            for name in (*option.opts, *option.secondary_opts):
+                switches[name] = getattr(option, "is_flag", False)
+    for page in PAGES:
+        for flag, value in re.findall(
+            r"(--[a-z]+\.[a-z0-9-]+)(?:[ =](true|false|yes|no)\b)?", page.read_text()
+        ):
+            assert flag in switches, f"{page.name}: {flag}"
+            assert not (switches[flag] and value), f"{page.name}: {flag} {value}"
+
+
 def test_the_readme_s_request_and_answer_have_the_shapes_of_the_api() -> None:
     readme = (ROOT / "README.md").read_text()
     (body,) = re.findall(r"-d '(\{.*?\})'", readme)
