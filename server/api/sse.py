@@ -20,9 +20,10 @@ KEEP_ALIVE = b": \n\n"
 
 
 def event(content: Any, name: str | None = None) -> bytes:
-    """One event that carries JSON; a name where it is not an ordinary one."""
+    """One event that carries JSON (bytes are some already); named if it is no ordinary one."""
     head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + orjson.dumps(content) + b"\n\n"
+    data = content if isinstance(content, bytes) else orjson.dumps(content)
+    return head + b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):

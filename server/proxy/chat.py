@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from server.api.sse import event
 from server.errors import ErrorKind, ServiceError
 
 
-def to_chat(completion: Any) -> dict[str, Any]:
-    """A ``text_completion`` as a ``chat.completion``; fields of neither shape are kept.
+def to_chat(completion: Any) -> bytes:
+    """A ``text_completion`` as a ``chat.completion``, in JSON; fields of neither shape are kept.
 
     Raises:
         ServiceError: 502, it is no completion.
@@ -22,7 +24,7 @@ def to_chat(completion: Any) -> dict[str, Any]:
         }
         for choice in _choices(completion)
     ]
-    return {**_head(completion, "chat.completion"), "choices": choices}
+    return _written({**_head(completion, "chat.completion"), "choices": choices})
 
 
 class ChatStream:
@@ -50,14 +52,28 @@ class ChatStream:
                     "logprobs": _logprobs(choice.get("logprobs")),
                 }
             )
-        return event({**_head(chunk, "chat.completion.chunk"), "choices": choices})
+        return event(_written({**_head(chunk, "chat.completion.chunk"), "choices": choices}))
 
 
 def _choices(completion: Any) -> list[dict[str, Any]]:
     choices = completion.get("choices") if isinstance(completion, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
         raise ServiceError(ErrorKind.UPSTREAM_FAILED, "the upstream's answer is no completion")
     return choices
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("index"), int | None)
+
+
+def _written(answer: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(answer)
+    except orjson.JSONEncodeError as error:
+        # What orjson reads it writes, but for depths that it only reads.
+        raise ServiceError(
+            ErrorKind.UPSTREAM_FAILED, "the upstream's answer is nested too deeply"
+        ) from error
 
 
 def _head(completion: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -74,8 +90,12 @@ def _logprobs(given: Any) -> dict[str, Any] | None:
     if not isinstance(given, dict):
         return None
     tokens, values = given.get("tokens") or [], given.get("token_logprobs") or []
-    tops = given.get("top_logprobs") or [None] * len(tokens)
-    if len(tokens) != len(values) or len(tokens) != len(tops):
+    tops = given.get("top_logprobs") or [None] * (len(tokens) if isinstance(tokens, list) else 0)
+    if (
+        not all(isinstance(one, list) for one in (tokens, values, tops))
+        or not all(isinstance(top, dict | None) for top in tops)
+        or not len(tokens) == len(values) == len(tops)
+    ):
         raise ServiceError(ErrorKind.UPSTREAM_FAILED, "the upstream's logprobs do not fit together")
     return {
         "content": [

@@ -26,6 +26,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _RESERVED = frozenset(
     {"conversation", "chat_template", "tokenize", "return_tensors", "return_dict"}
 )
+# What a template raises where messages or options are not what it makes sense of.
+_OF_TEMPLATES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class ProxyPrompts:
@@ -105,7 +114,7 @@ class ProxyPrompts:
                 tokenize=False,
                 **{"add_generation_prompt": True, **options},
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except (TemplateError, *_OF_TEMPLATES) as error:
             raise invalid("messages", f"the chat template refuses the messages: {error}") from error
         if self._builder is None:
             return self._encode(text, add_special_tokens=False)

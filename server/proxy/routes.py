@@ -162,7 +162,8 @@ async def _answer(request: Request, *, chat: bool) -> Response:
             return EventStream(events, rejected, close)
         answer = await unless_disconnected(request, _whole(proxy, asked, headers))
         if answer.status == 200 and chat:
-            return JSONResponse(to_chat(parsed(answer.content, _ANSWER)))
+            content = to_chat(parsed(answer.content, _ANSWER))
+            return Response(content, media_type="application/json")
         return _passed_on(answer)
 
 

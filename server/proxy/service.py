@@ -127,7 +127,8 @@ class Proxy:
         """What the upstream is sent, prompts encoded; takes long enough to need a thread.
 
         Raises:
-            ServiceError: 422, a prompt that cannot be encoded.
+            ServiceError: 422, a prompt that cannot be encoded; 400, fields nested too deeply to be
+                passed on.
         """
         body = dict(request.rest)
         parts = self._parts  # the same for all of a request
@@ -137,7 +138,13 @@ class Proxy:
         elif request.prompt is not None:
             data = self._encode(parts.encoder, *_token_ids(parts.prompts, request.prompt))
             body["prompt_embeds"] = data if request.prompt.as_list else data[0]
-        return orjson.dumps(body)
+        try:
+            return orjson.dumps(body)
+        except orjson.JSONEncodeError as error:
+            # What it reads it writes, but for depths that only it can read.
+            raise ServiceError(
+                ErrorKind.MALFORMED_JSON, "body is not JSON: it is nested too deeply"
+            ) from error
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, then wait for those in flight.

@@ -20,6 +20,8 @@ _SHOWN_CHARS = 300
 _MAX_ERROR_BYTES = 65_536
 _KEY_REFUSED = (401, 403)
 _PASSED_HEADERS = ("Retry-After", "WWW-Authenticate")
+# As starlette reads and writes them: whatever bytes they are, they are passed on as they came.
+_HEADER_ENCODING = "latin-1"
 _READY_TIMEOUT_S = 5.0
 _MAX_IDLE = 64
 
@@ -87,7 +89,7 @@ class Upstream:
 
     async def get(self, path: str, headers: Mapping[str, str]) -> Answer:
         """A GET; see ``post``."""
-        return await self._whole(self._client.build_request("GET", path, headers=dict(headers)))
+        return await self._whole(self._client.build_request("GET", path, headers=_as_sent(headers)))
 
     async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Send JSON and wait for the whole answer, which is JSON.
@@ -133,7 +135,7 @@ class Upstream:
         url = self._urls.get(path)
         if url is None:
             url = self._urls[path] = self._base_url.copy_with(path=self._base_url.path + path)
-        return self._client.build_request("POST", url, content=body, headers=given)
+        return self._client.build_request("POST", url, content=body, headers=_as_sent(given))
 
     async def _whole(self, request: httpx.Request) -> Answer:
         started = time.perf_counter()
@@ -161,6 +163,7 @@ class Upstream:
                 f"the upstream answered {status}: it does not take the proxy's key",
             )
         if 400 <= status < 500:
+            response.headers.encoding = _HEADER_ENCODING
             passed = {k: response.headers[k] for k in _PASSED_HEADERS if k in response.headers}
             return Answer(status, orjson.dumps(_in_our_shape(status, content)), passed)
         retry = response.headers.get("retry-after", "")
@@ -173,6 +176,10 @@ class Upstream:
             f"the upstream answered {status}",
             retry_after_s=float(retry) if retry.isdecimal() and len(retry) < 6 else None,
         )
+
+
+def _as_sent(headers: Mapping[str, str]) -> httpx.Headers:
+    return httpx.Headers(dict(headers), encoding=_HEADER_ENCODING)
 
 
 @contextmanager

@@ -99,6 +99,38 @@ async def test_garbage_is_a_502(start_proxy, upstream, content):
         assert_error(response, 502, "upstream_failed")
 
 
+NESTED = [[]]
+for _ in range(300):
+    NESTED = [NESTED]
+ODD_CHOICES = [
+    {"index": [1]},
+    {"logprobs": {"tokens": 5}},
+    {"logprobs": {"tokens": ["a"], "token_logprobs": 5}},
+    {"logprobs": {"tokens": ["a"], "token_logprobs": [1.0], "top_logprobs": [[1]]}},
+    {"more": NESTED},
+]
+
+
+@pytest.mark.parametrize("choice", ODD_CHOICES, ids=lambda one: next(iter(one)))
+async def test_odd_completions_are_no_chats(start_proxy, upstream, mock_tools, choice):
+    answer = mock_tools.completion()
+    answer["choices"][0] |= choice
+
+    async def behave(call):
+        if not call.body.get("stream"):
+            await call.answer(body=answer)
+            return
+        await call.begin_events()
+        await call.chunk(b"data: " + json.dumps(answer).encode() + b"\n\ndata: [DONE]\n\n")
+        await call.send(b"0\r\n\r\n")
+
+    upstream.behave = behave
+    proxy = await start_proxy()
+    assert_error(await proxy.chat(), 502, "upstream_failed")
+    (event,) = (await proxy.chat(stream=True)).text.strip().split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "upstream_failed"
+
+
 async def test_what_is_not_http_is_a_502(start_proxy, upstream):
     async def behave(call):
         await call.send(b"220 smtp.example ESMTP\r\n\r\n")

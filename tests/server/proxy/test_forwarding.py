@@ -220,6 +220,19 @@ async def test_bad_chats_do_not_reach_the_upstream(start_proxy, upstream, body, 
     assert upstream.calls == []
 
 
+async def test_a_template_s_own_trouble_with_messages_is_the_client_s(start_proxy, upstream):
+    deep = "x"
+    for _ in range(900):
+        deep = [deep]
+    message = {"role": "user", "content": "a", "more": deep}
+    proxy = await start_proxy()
+    response = await proxy.client.post("/v1/chat/completions", json={"messages": [message]})
+    assert "template refuses" in assert_error(response, 422, "invalid_value", "messages")
+    response = await proxy.complete(more=deep)
+    assert "nested too deeply" in assert_error(response, 400, "malformed_json")
+    assert upstream.calls == []
+
+
 async def test_what_is_no_json_object_is_refused(start_proxy):
     proxy = await start_proxy(max_body_bytes=2_000)
     headers = {"Content-Type": "application/json"}
@@ -262,6 +275,21 @@ async def test_keys_are_forwarded_only_when_told_and_never_logged(start_proxy, u
     assert {call.headers["x-request-id"] for call in upstream.calls} == {"abc-7"}
     own = [record for record in caplog.records if record.name.startswith("server")]
     assert "SECRETKEY" not in "".join(record.getMessage() for record in own)
+
+
+async def test_headers_are_passed_on_whatever_bytes_they_are(start_proxy, upstream):
+    async def refuse(call):
+        await call.answer(401, {"error": "no"}, **{"www-authenticate": 'Bearer realm="Ł€"'})
+
+    upstream.behave = refuse
+    proxy = await start_proxy(forward_authorization=True)
+    for method, path in [("POST", URL), ("GET", "/v1/models")]:
+        headers = {"Authorization": "Bearer Schlüssel".encode()}
+        body = {"json": {"prompt": "a"}} if method == "POST" else {}
+        response = await proxy.client.request(method, path, headers=headers, **body)
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == 'Bearer realm="Ł€"'
+        assert upstream.calls[-1].headers["authorization"] == "Bearer Schlüssel"
 
 
 async def test_models_health_and_ready(start_proxy, upstream):
