@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from server.jobs.backend import Backend, BackendError, open_backend
 from server.jobs.context import JobEnvironment, environment_of
 from server.jobs.ledger import JobLedger
 from server.settings import Settings, load_settings
+from tests.waiting import ended, wait_until
 
 
 @pytest.fixture
@@ -58,14 +58,16 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # A socket's path must be short.
     socket = Path(tmp_path_factory.mktemp("r", numbered=True)) / "s"
     command = [binary, "--port", "0", "--unixsocket", str(socket), "--save", ""]
-    process = subprocess.Popen(command, cwd=socket.parent, stdout=subprocess.DEVNULL)
+    log = socket.with_name("log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=socket.parent, stdout=output, stderr=output)
     url = f"unix://{socket}"
     try:
-        _wait_for(url)
+        _wait_for(url, process, log)
         yield url
     finally:
         process.terminate()
-        process.wait(10)
+        ended(process, log.read_text)
 
 
 @pytest.fixture(scope="session")
@@ -93,28 +95,29 @@ def postgres_url() -> Iterator[str]:
         shutil.rmtree(folder)
         pytest.skip(f"initdb does not run here: {made.stderr.strip().splitlines()[-1:]}")
     command = [postgres, "-D", str(data), "-k", str(folder), "-c", "listen_addresses=", "-F"]
-    process = subprocess.Popen(
-        command, user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, user=user, cwd=folder, stdout=output, stderr=output)
     url = f"postgresql://test@/postgres?host={folder}"
     try:
-        _wait_for(url)
+        _wait_for(url, process, log)
         yield url
     finally:
         process.send_signal(signal.SIGINT)  # ends without waiting for connections
-        process.wait(20)
+        ended(process, log.read_text)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for(url: str) -> None:
-    for _ in range(400):
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
         try:
             open_backend(url, "ping").close()
         except BackendError:
-            time.sleep(0.05)
-        else:
-            return
-    pytest.fail(f"{url} does not answer")
+            return False
+        return True
+
+    wait_until(answers, lambda: f"{url} does not answer\n{log.read_text()}")
 
 
 @dataclass(frozen=True)

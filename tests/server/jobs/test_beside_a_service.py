@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 
 import httpx
 
 from server.jobs.places import open_ledger
 from server.jobs.types import Job, JobErrorKind, JobKind, JobState
+from tests.waiting import LIMIT_S, ended, wait_until
 
 REQUESTS = [{"history": [f"W{i}"], "top_k": 5} for i in range(4)]
 
@@ -25,11 +25,8 @@ def test_a_service_serves_what_its_jobs_made(workplace):
 
     def done(kind: JobKind, **params) -> Job:
         job = ledger.submit(kind, params)
-        deadline = time.monotonic() + 90
-        while not (job := ledger.get(job.id)).state.finished:
-            assert time.monotonic() < deadline, (job, log.read_text())
-            time.sleep(0.05)
-        return job
+        wait_until(lambda: ledger.get(job.id).state.finished, log.read_text)
+        return ledger.get(job.id)
 
     try:
         base = ready(log, service)
@@ -41,7 +38,7 @@ def test_a_service_serves_what_its_jobs_made(workplace):
         assert job.result["gate"]["replay"]["compared"] == len(REQUESTS)
         assert [one["state"] for one in job.result["servers"]] == ["serving"]
         request = {"history": ["cold"], "top_k": 201, "beam_width": 500, "exclude_history": False}
-        answer = httpx.post(f"{base}/v1/recommend", json=request, timeout=60).json()
+        answer = httpx.post(f"{base}/v1/recommend", json=request, timeout=LIMIT_S).json()
         assert answer["catalog_version"] == job.result["catalog"]
         assert "cold" in [item["item_id"] for item in answer["items"]]
 
@@ -53,23 +50,21 @@ def test_a_service_serves_what_its_jobs_made(workplace):
 
         back = done(JobKind.ROLLBACK)
         assert [one["state"] for one in back.result["servers"]] == ["serving"]
-        answer = httpx.post(f"{base}/v1/recommend", json=REQUESTS[0], timeout=60).json()
+        answer = httpx.post(f"{base}/v1/recommend", json=REQUESTS[0], timeout=LIMIT_S).json()
         assert answer["catalog_version"] == back.result["catalog"]
     finally:
         service.terminate()
-        code = service.wait(60)
+        code = ended(service, log.read_text)
         ledger.close()
     assert code == 0, log.read_text()
 
 
 def ready(log, service: subprocess.Popen) -> str:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
+    def base_url() -> str | None:
         assert service.poll() is None, log.read_text()
-        found = re.search(r'"port":(\d+)', log.read_text())
-        if found:
-            base = f"http://127.0.0.1:{found[1]}"
-            if httpx.get(f"{base}/ready", timeout=30).status_code == 200:
-                return base
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+        if not (found := re.search(r'"port":(\d+)', log.read_text())):
+            return None
+        base = f"http://127.0.0.1:{found[1]}"
+        return base if httpx.get(f"{base}/ready", timeout=LIMIT_S).status_code == 200 else None
+
+    return str(wait_until(base_url, log.read_text))

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from server.jobs.places import open_ledger
 from server.jobs.sources import open_source
 from server.jobs.types import JobFailure, JobKind, JobState
 from server.settings import load_settings
+from tests.waiting import LIMIT_S, wait_until
 
 
 @pytest.fixture
@@ -192,12 +192,14 @@ def test_ctrl_c_cancels(workplace):
     flags = ["--source", str(workplace.lake / "items.parquet"), "--jobs.batch-size", "1"]
     process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
     ledger = open_ledger(workplace.settings())
-    deadline = time.monotonic() + 240
-    while not any(job.message.startswith("encoding:") for job in ledger.running()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def encodes() -> bool:
+        assert process.poll() is None, process.communicate()
+        return any(job.message.startswith("encoding:") for job in ledger.running())
+
+    wait_until(encodes)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=LIMIT_S)[1]
     assert process.returncode == 130, error
     assert "error: cancelled" in error
     assert ledger.find()[0].state == "cancelled"

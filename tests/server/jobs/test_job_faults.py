@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from rectokens.artifacts.manifest import ARTIFACT_KINDS
 from rectokens.artifacts.release_store import ReleaseStore
@@ -33,10 +34,12 @@ from server.jobs.owner import Owner, process_is_gone
 from server.jobs.params import checked_params
 from server.jobs.places import open_ledger
 from server.jobs.process import JobProcess, ReadyProcess
+from server.jobs.stored import CATALOG_LOCK
 from server.jobs.supervise import Supervisor
 from server.jobs.types import JobErrorKind, JobKind, JobState
 from server.jobs.worker import Sweeper
 from tests.full_disk import file_size_limit
+from tests.waiting import LIMIT_S, wait_until
 
 WORKER = Path(__file__).with_name("job_worker.py")
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "3"))
@@ -95,8 +98,7 @@ class Workers:
         for pid in self._pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        while not all(process_is_gone(pid) for pid in self._pids):
-            time.sleep(0.005)
+        wait_until(lambda: all(process_is_gone(pid) for pid in self._pids))
         self._pids.clear()
         while not self._lines.empty():
             self._lines.get()
@@ -111,16 +113,16 @@ class Workers:
 
     def _next(self) -> str:
         """What one of them said."""
-        for _ in range(120):
-            self._check()
-            try:
-                word = self._lines.get(timeout=1).split()[1]
-            except queue.Empty:
-                continue
-            if word.isdigit():
-                self._pids.add(int(word))
-            return word
-        pytest.fail("no worker says anything")
+        word = wait_until(self._line, lambda: "".join(self._errors)).split()[1]
+        if word.isdigit():
+            self._pids.add(int(word))
+        return str(word)
+
+    def _line(self) -> str | None:
+        self._check()
+        with suppress(queue.Empty):
+            return self._lines.get(timeout=1)
+        return None
 
     def _check(self) -> None:
         text = "".join(self._errors)
@@ -170,10 +172,7 @@ def test_commands_that_are_killed_at_any_moment(workplace):
         process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE)
         # The first one early; the others once there is a job, at some moment of it.
         if round_number:
-            deadline = time.monotonic() + 60
-            while not ledger.running() and process.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda process=process: ledger.running() or process.poll() is not None)
         time.sleep(chance.random() * 3.0)
         process.kill()
         process.communicate()
@@ -290,17 +289,29 @@ def test_a_full_disk(workplace, small_disk: Path):
 
 
 def test_a_reindex_waits_for_the_one_before(workplace):
+    """And the next one for that."""
     workplace.parquet("items.parquet", 3_000)
     source = ["--source", str(workplace.lake / "items.parquet"), "--drop-constraint-sets"]
     command = [sys.executable, "-m", "server", "reindex", *source, "--activate", "--json"]
-    flags = ["--store", str(workplace.root), "--jobs.batch-size", "2", "--jobs.threads", "1"]
-    racers = [
-        subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = [racer.communicate(timeout=240)[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0], outputs
-    assert any("another job changes the catalog; waiting for it" in out for out in outputs)
+    flags = ["--store", str(workplace.root), "--jobs.batch-size", "64", "--jobs.threads", "1"]
     ledger = open_ledger(workplace.settings())
+    with FileLock(workplace.root / CATALOG_LOCK):  # as the one before
+        racers = [
+            subprocess.Popen(
+                [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        wait_until(
+            lambda: (
+                sum(job.message.startswith("waits for another") for job in ledger.running()) == 2
+                or any(racer.poll() is not None for racer in racers)
+            )
+        )
+    outputs = [racer.communicate(timeout=LIMIT_S) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], outputs
+    for out, _ in outputs:
+        assert "another job changes the catalog; waiting for it" in out
     jobs = ledger.find()
     ledger.close()
     assert {job.state for job in jobs} == {JobState.SUCCEEDED}

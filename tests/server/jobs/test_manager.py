@@ -10,6 +10,7 @@ from server.jobs.manager import JobManager
 from server.jobs.owner import Owner
 from server.jobs.types import Job, JobKind, JobState, UnknownJobError
 from server.settings import SettingsError, load_settings
+from tests.waiting import LIMIT_S
 
 
 async def test_progress_is_a_stream(ledger: JobLedger):
@@ -22,7 +23,7 @@ async def test_progress_is_a_stream(ledger: JobLedger):
             assert one not in seen
             seen.append(one)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_S):
         watching = asyncio.create_task(watch())
         while len(seen) < 1:
             await asyncio.sleep(0.01)

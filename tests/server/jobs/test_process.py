@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import time
-from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from server.jobs.places import open_ledger
 from server.jobs.process import JobProcess, ReadyProcess
 from server.jobs.supervise import Supervisor
 from server.jobs.types import JobKind, JobState
+from tests.waiting import LIMIT_S, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,25 +38,24 @@ def waiting() -> list[int | None]:
     return [one.pid for one in multiprocessing.active_children()]
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_job_is_done_by_the_process_that_waits(workplace, ready: ReadyProcess):
     ready.keep()
     ready.keep()
     (pid,) = waiting()
     ledger = open_ledger(workplace.settings())
     owner = Owner.this_process()
-    supervisor = Supervisor(workplace.settings(), ledger, owner, begin=ready.take)
+    begun: list[JobProcess] = []
+
+    def begin() -> JobProcess:
+        begun.append(ready.take())
+        return begun[-1]
+
+    supervisor = Supervisor(workplace.settings(), ledger, owner, begin=begin)
     job, _ = ledger.begin(JobKind.UPDATE_ITEMS, {"deletes": ["W0"]}, owner)
-    seen: list[int | None] = []
-    ended = supervisor.run(job, on_update=lambda job: seen.extend(waiting()))
+    ended = supervisor.run(job)
     assert ended.state is JobState.SUCCEEDED, ended
-    assert set(seen) == {pid}
+    assert [one.process.pid for one in begun] == [pid]
+    assert waiting() == []
     assert process_is_gone(pid)
 
     # The next one is there as quickly, for a change that follows at once.
@@ -67,8 +65,9 @@ def test_a_job_is_done_by_the_process_that_waits(workplace, ready: ReadyProcess)
     ledger.close()
 
 
-def test_where_it_is_no_copy_the_next_one_is_begun_after_the_job(workplace):
+def test_where_it_is_no_copy_the_next_one_is_begun_after_the_job(workplace, monkeypatch):
     """Not beside it: the imports of the one would hold up the other."""
+    monkeypatch.setattr(process_module, "_REPLACE_S", 3_600.0)
     ready = ReadyProcess(workplace.settings(gpu_share=0.5))
     ready.keep()
     (pid,) = waiting()
@@ -103,7 +102,7 @@ def test_one_that_died_is_replaced(workplace, ready: ReadyProcess, monkeypatch):
     ready.keep()
     (first,) = waiting()
     psutil.Process(first).kill()
-    eventually(lambda: waiting() == [])
+    wait_until(lambda: waiting() == [], waiting)
     taken = ready.take()
     assert taken.process.pid != first
     taken.end()
@@ -111,7 +110,7 @@ def test_one_that_died_is_replaced(workplace, ready: ReadyProcess, monkeypatch):
     ready.keep()
     (second,) = waiting()
     psutil.Process(second).kill()
-    eventually(lambda: waiting() == [])
+    wait_until(lambda: waiting() == [], waiting)
     ready.keep()
     (third,) = waiting()
     assert third != second
@@ -127,7 +126,7 @@ def taken_and_orphaned(ready: ReadyProcess) -> JobProcess:
     (pid,) = waiting()
     taken = ready.take()
     psutil.Process(pid).parent().kill()
-    eventually(lambda: not taken.is_alive)
+    wait_until(lambda: not taken.is_alive)
     assert taken.process.pid == pid
     assert not process_is_gone(pid)
     return taken
@@ -188,7 +187,7 @@ def test_an_order_that_comes_before_the_process_is_up(workplace, tmp_path: Path)
     begun = JobProcess.begin(workplace.settings())
     try:
         begun.order(JobKind.ROLLBACK, b"{}", tmp_path / "errors")
-        assert begun.connection.poll(60)
+        assert begun.connection.poll(LIMIT_S)
         message = {}
         while "failed" not in message:
             message = json.loads(begun.connection.recv_bytes())

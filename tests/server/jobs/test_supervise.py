@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,11 @@ from server.jobs.child import explain
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
+from server.jobs.process import JobProcess
 from server.jobs.supervise import Supervisor
 from server.jobs.types import Job, JobErrorKind, JobKind, JobState
 from server.settings import Settings
+from tests.waiting import wait_until
 
 SOURCE = {"root": "lake", "path": "items.parquet"}
 REINDEX = {"source": SOURCE, "constraint_sets": "drop"}
@@ -62,8 +63,13 @@ class Runner:
                 done.append(job)
                 action(job)
 
-        supervisor = Supervisor(self.settings, self.ledger, self.owner)
+        supervisor = Supervisor(self.settings, self.ledger, self.owner, begin=self._begin)
         return supervisor.run(job, ending=self.ending, on_update=on_update)
+
+    def _begin(self) -> JobProcess:
+        begun = JobProcess.begin(self.settings)
+        self.child = psutil.Process(begun.process.pid)
+        return begun
 
 
 @pytest.fixture
@@ -81,11 +87,6 @@ def start(workplace):
 
 def encoding(job: Job) -> bool:
     return job.message.startswith("encoding:")
-
-
-def kill_child(job: Job) -> None:
-    (child,) = [one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline())]
-    child.kill()
 
 
 def nothing_left(workplace) -> bool:
@@ -149,8 +150,7 @@ def test_a_job_that_does_not_stop_is_killed(workplace, start):
 
     def stop(job: Job) -> None:
         # It cannot hear that it is asked to stop.
-        (child,) = [c for c in psutil.Process().children() if "spawn_main" in str(c.cmdline())]
-        child.suspend()
+        runner.child.suspend()
         runner.ledger.cancel(job.id)
 
     job = runner.run(JobKind.REINDEX, REINDEX, encoding, stop)
@@ -177,7 +177,7 @@ def test_a_job_that_goes_over_a_limit(workplace, start, flags, kind, setting):
 def test_a_job_whose_process_is_killed(workplace, start):
     workplace.parquet("items.parquet", 30_000)
     runner = start(batch_size=1)
-    job = runner.run(JobKind.REINDEX, REINDEX, encoding, kill_child)
+    job = runner.run(JobKind.REINDEX, REINDEX, encoding, lambda job: runner.child.kill())
     assert (job.state, job.error.type) == (JobState.INTERRUPTED, JobErrorKind.INTERRUPTED)
     assert "SIGKILL" in job.error.message
     assert nothing_left(workplace)
@@ -245,15 +245,19 @@ def test_the_process_of_a_job_goes_when_its_watcher_is_killed(workplace, tmp_pat
     command = [sys.executable, "-m", "server", "reindex", "--source"]
     flags = ["--store", str(workplace.root), "--jobs.batch-size", "1", "--jobs.threads", "1"]
     watcher = subprocess.Popen(
-        [*command, str(workplace.lake / "items.parquet"), *flags], stderr=subprocess.PIPE
+        [*command, str(workplace.lake / "items.parquet"), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     settings = workplace.settings()
     ledger = open_ledger(settings)
     try:
-        deadline = time.monotonic() + 60
-        while not any(encoding(job) for job in ledger.running()):
-            assert time.monotonic() < deadline, watcher.poll()
-            time.sleep(0.05)
+
+        def encodes() -> bool:
+            assert watcher.poll() is None, watcher.communicate()
+            return any(encoding(job) for job in ledger.running())
+
+        wait_until(encodes, ledger.find)
         (job,) = ledger.running()
         child = ledger.owner(job.id).child
         watcher.send_signal(signal.SIGKILL)

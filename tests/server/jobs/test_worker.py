@@ -7,7 +7,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,29 +18,36 @@ from server.jobs.owner import process_is_gone
 from server.jobs.places import open_ledger
 from server.jobs.types import Job, JobKind, JobState
 from server.jobs.worker_process import WorkerProcess
+from tests.waiting import ended, wait_until
 
 REINDEX = {"source": {"root": "lake", "path": "items.parquet"}, "constraint_sets": "drop"}
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.05)
-
-
 @contextmanager
-def worker(workplace, **flags) -> Iterator[subprocess.Popen]:
+def worker(workplace, **flags) -> Iterator[Callable[[Callable[[], bool]], None]]:
+    """A worker that is told to end when the block does; yields what waits for something of it."""
     command = [sys.executable, "-m", "server", "worker", "--store", str(workplace.root)]
     options = {"admin.sources": f"lake={workplace.lake}", "jobs.threads": 1, **flags}
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    log = workplace.root.parent / "log"
+    with log.open("ab") as errors:
+        process = subprocess.Popen(command, stderr=errors)
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        def met() -> bool:
+            assert process.poll() is None, log.read_text()
+            return condition()
+
+        wait_until(met, log.read_text)
+
     try:
-        yield process
+        yield wait_for
+        process.terminate()
+        assert ended(process, log.read_text) == 0, log.read_text()
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def encoding(ledger: JobLedger, job: Job) -> bool:
@@ -59,18 +65,14 @@ def test_jobs_survive_a_restart(workplace, database: str, request: pytest.Fixtur
     ledger = open_ledger(settings)
     running = ledger.submit(JobKind.REINDEX, REINDEX)
     waiting = ledger.submit(JobKind.UPDATE_ITEMS, {"deletes": ["W0"]})
-    with worker(workplace, **flags) as process:
-        eventually(lambda: encoding(ledger, running))
-        process.terminate()
-        assert process.wait(30) == 0
+    with worker(workplace, **flags) as wait_for:
+        wait_for(lambda: encoding(ledger, running))
     assert [job.state for job in ledger.find()] == [JobState.QUEUED] * 2
     # The rest would take long one by one.
     workplace.parquet("items.parquet", 100)
-    with worker(workplace, **flags) as process:
+    with worker(workplace, **flags) as wait_for:
         for job in (running, waiting):
-            eventually(lambda job=job: ledger.get(job.id).state.finished)
-        process.terminate()
-        assert process.wait(30) == 0
+            wait_for(lambda job=job: ledger.get(job.id).state.finished)
     assert {ledger.get(job.id).state for job in (running, waiting)} == {JobState.SUCCEEDED}
     assert ledger.get(running.id).attempt == 2
     ledger.close()
@@ -84,19 +86,19 @@ def test_a_worker_that_is_killed_is_replaced_and_its_job_is_marked(workplace):
     workers = WorkerProcess(settings)
     workers.start()
     try:
-        eventually(lambda: encoding(ledger, job))
+        wait_until(lambda: encoding(ledger, job), ledger.find)
         first = workers.pid
         assert first is not None
         children = [child.pid for child in psutil.Process(first).children(recursive=True)]
         os.kill(first, signal.SIGKILL)
-        eventually(lambda: ledger.get(job.id).state is JobState.INTERRUPTED)
+        wait_until(lambda: ledger.get(job.id).state is JobState.INTERRUPTED, ledger.find)
         assert workers.pid not in (None, first)
-        eventually(lambda: all(process_is_gone(pid) for pid in children))
+        wait_until(lambda: all(process_is_gone(pid) for pid in children))
         assert list((workplace.root / ".jobs" / "work").iterdir()) == []
         assert list(workplace.root.rglob(".partial-*")) == []
         workplace.parquet("items.parquet", 100)
         ledger.restart(job.id)
-        eventually(lambda: ledger.get(job.id).state is JobState.SUCCEEDED)
+        wait_until(lambda: ledger.get(job.id).state is JobState.SUCCEEDED, ledger.find)
     finally:
         workers.stop()
         ledger.close()
@@ -116,20 +118,24 @@ def test_a_worker_goes_when_its_service_is_killed(workplace):
     )
     file = workplace.root.parent / "service.py"
     file.write_text(script)
-    service = subprocess.Popen(
-        [sys.executable, str(file), str(workplace.root)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    log = workplace.root.parent / "log"
+    with log.open("wb") as errors:
+        service = subprocess.Popen(
+            [sys.executable, str(file), str(workplace.root)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
     try:
         assert service.stdout is not None
-        pid = int(service.stdout.readline())
+        line = service.stdout.readline()
+        assert line, log.read_text()
+        pid = int(line)
         database = workplace.root / ".jobs" / "jobs.sqlite3"
-        eventually(database.exists)
+        wait_until(database.exists, log.read_text)
         service.kill()
         service.wait()
-        eventually(lambda: process_is_gone(pid))
+        wait_until(lambda: process_is_gone(pid), log.read_text)
     finally:
         service.kill()
         service.communicate()
