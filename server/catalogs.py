@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ import structlog
 import torch
 
 from rectokens.artifacts.activation import Activation
+from server.heap import collect_all
 from server.memory import NotEnoughMemoryError
 from server.release import Release, ReleaseError
 from server.release_source import ReleaseSource
@@ -121,6 +123,8 @@ class ReleaseFollower:
         self._candidate_until_s = 0.0
         self._prepared = asyncio.Event()
         self._retry_at_s = 0.0
+        # When what was replaced last must have left memory.
+        self._gone_by_s = math.inf
         self.loading: str | None = None
         self.news = asyncio.Event()
         self._stop = threading.Event()
@@ -149,6 +153,8 @@ class ReleaseFollower:
     async def step(self) -> None:
         """Look at the pointer once, and follow it if it has moved."""
         self._take_over_first_failure()
+        if self._clock() > self._gone_by_s:
+            await self._free_what_is_left()
         try:
             active = await self._call(self._source.active)
         except ReleaseError as error:
@@ -263,6 +269,7 @@ class ReleaseFollower:
             # Models may hold themselves in cycles, and a device's memory is freed only with them.
             del candidate
             await self._call(_collect_garbage)
+        self._gone_by_s = self._clock() + self._free_timeout_s
 
     async def _load(self, version: str) -> Release:
         """Load and try a release: beside the one served or, if it was drained, in its place."""
@@ -293,8 +300,8 @@ class ReleaseFollower:
     async def _retired_gone(self) -> bool:
         """Wait for what was replaced to leave memory; False if it does not within the time.
 
-        What a failed request was admitted under may hang on nothing but its exception, in a cycle.
-        A service that is asked little makes too little garbage for the collector to come by itself.
+        What keeps it there may be garbage in a cycle, though nothing of ours makes one, and the
+        collector comes by itself too seldom.
         """
         left_s, wait_s = self._free_timeout_s, _FIRST_COLLECTION_S
         while left_s > 0:
@@ -302,7 +309,14 @@ class ReleaseFollower:
                 return True
             await self._call(_collect_garbage)
             left_s, wait_s = left_s - wait_s, 2 * wait_s
+        await self._free_what_is_left()
         return self._service.retired.gone
+
+    async def _free_what_is_left(self) -> None:
+        """Free what was replaced, has nobody who uses it, and is in a cycle that is passed over."""
+        self._gone_by_s = math.inf
+        if not self._service.retired.gone:
+            await self._call(_collect_all_garbage)
 
     async def _load_instead(self, version: str) -> Release:
         """Load a release in the place of the one served, which a drained service can spare."""
@@ -313,7 +327,7 @@ class ReleaseFollower:
         _log.warning("unloading a release to make room", release=old_version)
         self._service.retired.add(old, None)
         del old
-        await self._call(_collect_garbage)
+        await self._call(_collect_all_garbage)  # nobody waits meanwhile
         try:
             return await self._load_beside(version)
         except Exception as error:
@@ -372,10 +386,14 @@ def _model_of(release: Release | None) -> int | None:
     return None if release is None else id(release.engine)
 
 
-def _collect_garbage() -> None:
-    gc.collect()
+def _collect_garbage(collect: Callable[[], object] = gc.collect) -> None:
+    collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _collect_all_garbage() -> None:
+    _collect_garbage(collect_all)
 
 
 def _yield_to_requests() -> None:

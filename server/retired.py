@@ -26,6 +26,8 @@ class RetiredReleases:
             self._alive.add(release.catalog)
         if successor is None or successor.engine is not release.engine:
             self._alive.add(release.engine)
+            # A model in a cycle outlives its engine, and its memory is most of all.
+            self._alive.update(release.engine.modules)
 
     @property
     def gone(self) -> bool:

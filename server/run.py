@@ -23,6 +23,7 @@ from server.connections import (
     file_limit,
 )
 from server.following import StoreLink
+from server.heap import pass_over_loaded
 from server.logs import configure_logging
 from server.metrics import HttpMetrics
 from server.proxy.service import Proxy
@@ -78,7 +79,12 @@ def run_service(
 
     def on_server(server: GracefulServer, base_url: str) -> None:
         service.on_load_failed = server.end
-        service.on_ready = lambda: on_ready(base_url)
+
+        def ready() -> None:
+            pass_over_loaded()
+            on_ready(base_url)
+
+        service.on_ready = ready
 
     with _worker(settings, link):
         serve_app(app, settings, listener, drain, service.metrics, on_server)

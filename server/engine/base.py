@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +37,7 @@ class EngineBase:
 
     def __init__(self, model: Any, item_tokens: ItemTokens) -> None:
         self._item_tokens = item_tokens
+        self._modules: weakref.WeakSet[object] = weakref.WeakSet(model.modules())
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self._prefixes = DevicePrefixes(self.device)
@@ -58,6 +60,11 @@ class EngineBase:
     def hidden_size(self) -> int:
         """H of the input embeddings that a prompt may be given as."""
         return self._hidden_size
+
+    @property
+    def modules(self) -> Set[object]:
+        """Those of the model that are in memory; they are not kept there."""
+        return self._modules
 
     def get_ready(self, trie: CatalogTrie) -> None:
         """Make what a catalog needs before it is searched; see ``SearchEngine``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,6 +120,11 @@ class SearchEngine(Protocol):
     @property
     def prefix_cache(self) -> PrefixCacheStats | None:
         """What is kept of earlier prompts; None where nothing is. Any thread may read it."""
+        ...
+
+    @property
+    def modules(self) -> Set[object]:
+        """What the model is made of, to see whether it has left memory; weakly held."""
         ...
 
     def get_ready(self, trie: CatalogTrie) -> None:

@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,10 @@ class DummyEngine:
         self.run_ahead: list[list[SearchRequest]] = []
         self.left: list[list[bool]] = []
         self._changed = threading.Condition()
+
+    @property
+    def modules(self) -> Set[object]:
+        return set()
 
     def get_ready(self, trie: CatalogTrie) -> None:
         """Needs nothing."""

@@ -172,7 +172,10 @@ async def test_a_third_version_waits_until_the_first_has_gone(start_app, small_s
     await served(running, 3, small_store)
 
 
-async def test_a_third_version_does_not_wait_for_the_garbage_collector(start_app, small_store):
+@pytest.mark.parametrize("passed_over", [False, True], ids=["young", "passed over"])
+async def test_a_third_version_does_not_wait_for_the_garbage_collector(
+    start_app, small_store, passed_over
+):
     running = await start(start_app, small_store)
     cycle = [running.service.release]  # nobody uses it, as after a request that failed
     cycle.append(cycle)
@@ -180,6 +183,9 @@ async def test_a_third_version_does_not_wait_for_the_garbage_collector(start_app
         small_store.add(number)
     gc.collect()
     gc.disable()
+    if passed_over:
+        follower_of(running)._free_timeout_s = 0.3
+        gc.freeze()  # as at the end of a process's start
     try:
         del cycle
         small_store.activate(2)
@@ -188,6 +194,29 @@ async def test_a_third_version_does_not_wait_for_the_garbage_collector(start_app
         await served(running, 3, small_store)
     finally:
         gc.enable()
+        gc.unfreeze()
+
+
+async def test_a_replaced_model_that_holds_itself_is_freed(start_app, small_store, tiny_lm):
+    running = await start(start_app, small_store)
+    follower = follower_of(running)
+    follower._free_timeout_s = 0.2
+    module = next(iter(running.service.release.engine.modules))
+    module.itself = [module]
+    left = weakref.ref(module)
+    del module
+    small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+    gc.collect()
+    gc.disable()
+    gc.freeze()  # as at the end of a process's start
+    try:
+        small_store.activate(2)
+        await served(running, 2, small_store)
+        await until(lambda: left() is None)
+        await until(lambda: running.service.retired.gone)
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 async def test_a_new_model_is_loaded_beside_the_old_one(start_app, small_store, tiny_lm):

@@ -9,7 +9,7 @@ from pathlib import Path
 _SCRIPT = """
 import gc, sys, weakref
 import torch
-from server.heap import pass_over_imports
+from server.heap import collect_all, pass_over_imports, pass_over_loaded
 
 class Node: pass
 
@@ -25,8 +25,23 @@ pass_over_imports()  # a second model: what was made since is not passed over
 assert gc.get_freeze_count() <= frozen
 gc.collect()
 assert gone() is None
+
+node = Node()
+node.itself = node
+gone = weakref.ref(node)
+before = gc.get_threshold()
+pass_over_loaded()
+frozen = gc.get_freeze_count()
+assert gc.get_threshold()[:2] == before[:2]
+assert gc.get_threshold()[2] > before[2]
+del node
+gc.collect()
+assert gone() is not None
+collect_all()
+assert gone() is None
+assert gc.get_freeze_count() > frozen - 1_000
 """
 
 
-def test_imports_are_passed_over_once_and_garbage_is_not() -> None:
+def test_what_is_there_is_passed_over_and_other_garbage_is_not() -> None:
     subprocess.run([sys.executable, "-c", _SCRIPT], check=True, cwd=Path(__file__).parents[2])
