@@ -7,7 +7,9 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -77,11 +79,11 @@ class UploadFolder:
         """Files that arrived whole, latest first."""
         if not self._folder.is_dir():
             return []
-        found = []
-        for path in self._folder.iterdir():
-            if _NAME.fullmatch(path.name):
-                state = path.stat()
-                found.append(StoredUpload(path.name, state.st_size, None, state.st_mtime))
+        found = [
+            StoredUpload(path.name, state.st_size, None, state.st_mtime)
+            for path, state in self._files()
+            if _NAME.fullmatch(path.name)
+        ]
         return sorted(found, key=lambda one: (one.modified_s, one.name), reverse=True)
 
     def remove(self, name: str) -> bool:
@@ -97,14 +99,11 @@ class UploadFolder:
     def remove_old(self) -> None:
         """Remove files past their days, and what killed processes left."""
         now = time.time()
-        for path in self._folder.iterdir():
+        for path, state in self._files():
             limit = _STALE_PARTIAL_S if path.name.startswith(_PARTIAL) else KEEP_S
             ours = path.name.startswith(_PARTIAL) or _NAME.fullmatch(path.name)
-            try:
-                if ours and now - path.stat().st_mtime > limit:
-                    path.unlink()
-            except FileNotFoundError:
-                continue
+            if ours and now - state.st_mtime > limit:
+                path.unlink(missing_ok=True)
 
     def require_room(self, more: int) -> None:
         """Refuse what would exceed the bound.
@@ -112,12 +111,22 @@ class UploadFolder:
         Raises:
             UploadError: it would.
         """
-        used = sum(path.stat().st_size for path in self._folder.iterdir() if path.is_file())
+        used = sum(state.st_size for _, state in self._files())
         if used + more > self._max_bytes:
             raise UploadError(
                 f"uploads take {used} bytes, and this one needs more; at most {self._max_bytes} "
                 "are allowed together; delete some"
             )
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Files that are there; other uploads begin, end and go meanwhile."""
+        for path in self._folder.iterdir():
+            try:
+                state = path.stat()
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(state.st_mode):
+                yield path, state
 
 
 class UploadWriter:

@@ -217,6 +217,9 @@ class BodyLimitMiddleware:
                 raise HTTPException(
                     408, f"body did not arrive within {timeout_s:g} seconds"
                 ) from None
+            if message["type"] == "http.disconnect":
+                # Whoever reads the body would take this for a fault of ours, or of the body.
+                raise HTTPException(499, "the client has gone before its body was here")
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 complete = not message.get("more_body", False)

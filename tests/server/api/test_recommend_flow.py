@@ -113,6 +113,17 @@ async def call_asgi(app, messages, scope_headers=()):
     return sent
 
 
+async def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(running):
+    body = iter([{"type": "http.request", "body": b'{"hist', "more_body": True}])
+
+    async def receive():
+        return next(body, {"type": "http.disconnect"})
+
+    start, _ = await call_asgi(running.app, receive)
+    assert start["status"] == 499
+    assert await running.metric('rectokens_rejected_total{reason="client_gone"}') == 1
+
+
 async def test_a_client_that_leaves_frees_its_place_in_the_queue(running, engine):
     engine.gate.clear()
     head = asyncio.create_task(running.post({"history": []}))

@@ -286,6 +286,20 @@ async def test_a_client_that_leaves_cancels_the_upstream_call(
     assert (await proxy.client.get("/health")).status_code == 200
 
 
+async def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(start_proxy):
+    proxy = await start_proxy()
+    url = proxy.client.base_url
+    _, writer = await asyncio.open_connection(url.host, url.port)
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+    await writer.drain()
+    writer.close()
+    line = 'rectokens_proxy_rejected_total{reason="client_gone"}'
+    async with asyncio.timeout(10):
+        while await proxy.metric(line) != 1:
+            await asyncio.sleep(0.01)
+
+
 async def test_too_many_requests_are_a_429(start_proxy, upstream):
     go_on = asyncio.Event()
 

@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from server.uploads import UploadError, UploadFolder
+from tests.server.api.answers import metric_is
 from tests.waiting import until
 
 
@@ -117,6 +119,7 @@ async def test_a_client_that_is_too_slow_or_leaves_leaves_nothing_behind(start_a
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await until(lambda: not files_in(small_store))
+    await metric_is(running, 'rectokens_rejected_total{reason="client_gone"}', 1)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -151,3 +154,20 @@ def test_old_uploads_and_stale_partials_go_with_the_next(tmp_path):
         os.utime(path, (time.time() - 10 * 86_400,) * 2)
     folder.begin("csv").discard()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["not-ours.txt"]
+
+
+def test_uploads_side_by_side_do_not_see_each_other_go(tmp_path, monkeypatch):
+    """Between the listing of a folder and the look at its files, others may have ended."""
+    folder = UploadFolder(tmp_path, 1 << 30)
+    writer, other = folder.begin("npy"), folder.begin("npy")
+    other.write(b"x")
+    gone = other.finish()
+    listed = list(tmp_path.iterdir())
+    folder.remove(gone.name)
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(listed))
+    writer.write(b"x")
+    stored = writer.finish()
+    assert folder.stored() == []  # what was listed before it was whole
+    folder.remove_old()
+    monkeypatch.undo()
+    assert [one.name for one in folder.stored()] == [stored.name]
