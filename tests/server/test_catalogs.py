@@ -18,14 +18,9 @@ from server.memory import NotEnoughMemoryError
 from server.release import ReleaseError
 from server.release_source import ReleaseSource
 from server.settings import load_settings
+from tests.waiting import LIMIT_S, until
 
 FAST = {"store__poll_s": "0.02"}
-
-
-async def until(condition, timeout_s=20.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def start(start_app, small_store, **flags):
@@ -98,7 +93,7 @@ async def test_what_was_replaced_leaves_memory_with_its_last_batch(start_app, sm
         small_store.activate(2)
         await served(running, 2, small_store)
         await until(lambda: running.service.retired.gone)
-        assert [one() for one in remains] == [None, None, None]
+        await until(lambda: [one() for one in remains] == [None, None, None])
     finally:
         gc.enable()
 
@@ -114,7 +109,7 @@ async def test_a_running_batch_keeps_the_version_it_was_admitted_under(start_app
         if not held:
             held.append(True)
             loop.call_soon_threadsafe(inside.set)
-            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(30)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(LIMIT_S)
         return run(prepared, *args)
 
     engine.run = slow_run
@@ -232,8 +227,9 @@ async def test_a_new_model_is_loaded_beside_the_old_one(start_app, small_store, 
 @pytest.mark.parametrize("file", ["catalog/items.parquet", "catalog/trie.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 async def test_a_damaged_file_is_named_and_the_old_version_serves_on(
-    start_app, small_store, file, damage
+    start_app, small_store, file, damage, monkeypatch
 ):
+    monkeypatch.setattr("server.catalogs._FIRST_RETRY_S", 3_600.0)
     running = await start(start_app, small_store)
     small_store.add(2)
     small_store.activate(2)

@@ -14,24 +14,18 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 
 from server.catalogs import ReleaseFollower
+from tests.waiting import LIMIT_S, until, wait_until
 
 SWAPS = 2 * int(os.environ.get("CHAOS_ROUNDS", "6"))
 KILLS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 CATALOGS, CLIENTS = 4, 6
 HISTORY = [f"{number}-{row}" for number in range(1, CATALOGS + 1) for row in (3, 8)]
 KEY = "a-key-of-the-tests"
-
-
-async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Traffic:
@@ -124,10 +118,12 @@ async def test_no_request_fails_and_none_mixes_versions(
     async def swap(number: int) -> None:
         await asyncio.to_thread(small_store.activate, number)
         wanted, before = small_store.releases[number], traffic.answers
-        async with asyncio.timeout(30):
-            while service.release.version != wanted or traffic.answers <= before:
-                assert not any(client.done() for client in clients)  # they end by an error only
-                await asyncio.sleep(0.005)
+
+        def served() -> bool:
+            assert not any(client.done() for client in clients)  # they end by an error only
+            return service.release.version == wanted and traffic.answers > before
+
+        await until(served)
 
     try:
         for _ in range(SWAPS):
@@ -155,8 +151,7 @@ async def test_two_servers_on_one_store_follow_within_seconds(
         await until(
             lambda number=number: all(
                 one.service.release.version == small_store.releases[number] for one in servers
-            ),
-            timeout_s=10,
+            )
         )
         for one in servers:
             answer = (await one.post({"history": []})).json()
@@ -165,9 +160,11 @@ async def test_two_servers_on_one_store_follow_within_seconds(
             assert ready["store"]["active_release"] == small_store.releases[number]
     board = servers[0].app.state.link._board
     wanted = [small_store.releases[1]] * 2
-    async with asyncio.timeout(10):  # and jobs see both of them do so
-        while [state.release for state in await asyncio.to_thread(board.servers)] != wanted:
-            await asyncio.sleep(0.05)
+
+    async def seen() -> bool:
+        return [state.release for state in await asyncio.to_thread(board.servers)] == wanted
+
+    await until(seen)  # by jobs, too
 
 
 async def test_one_server_that_cannot_follow_does_not_hold_up_the_other(
@@ -193,29 +190,32 @@ def serve(small_store: Any, log: Any) -> tuple[subprocess.Popen[bytes], int]:
     command += ["--jobs.no-start-worker", "--engine.kv-memory-mib", "4"]
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stderr=errors, env=environment)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def port() -> int | None:
         assert process.poll() is None, log.read_text()
         for line in log.read_text().splitlines():
             if line.startswith("{") and line.endswith("}"):
                 record = json.loads(line)
                 if record["event"] == "listening":
-                    return process, record["port"]
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError(log.read_text())
+                    return int(record["port"])
+        return None
+
+    try:
+        return process, wait_until(port, log.read_text)
+    except BaseException:
+        process.kill()
+        raise
 
 
-def ready(process: subprocess.Popen[bytes], port: int) -> Any:
+def ready(process: subprocess.Popen[bytes], port: int, log: Any) -> Any:
     """What /ready says once it is."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None
-        response = httpx.get(f"http://127.0.0.1:{port}/ready", timeout=30)
-        if response.status_code == 200:
-            return response.json()
-        time.sleep(0.05)
-    raise AssertionError("not ready within two minutes")
+
+    def said() -> Any:
+        assert process.poll() is None, log.read_text()
+        response = httpx.get(f"http://127.0.0.1:{port}/ready", timeout=LIMIT_S)
+        return response.json() if response.status_code == 200 else None
+
+    return wait_until(said, log.read_text)
 
 
 def test_killed_during_a_swap_it_comes_back_with_what_is_active(
@@ -225,9 +225,10 @@ def test_killed_during_a_swap_it_comes_back_with_what_is_active(
     rng = random.Random(0)
     active = small_store.releases[1]
     for kill in range(KILLS + 1):
-        process, port = serve(small_store, tmp_path / f"log-{kill}")
+        log = tmp_path / f"log-{kill}"
+        process, port = serve(small_store, log)
         try:
-            assert ready(process, port)["release_version"] == active
+            assert ready(process, port, log)["release_version"] == active
             if kill == KILLS:
                 break
             for _ in range(rng.randint(1, 4)):
@@ -236,7 +237,7 @@ def test_killed_during_a_swap_it_comes_back_with_what_is_active(
             process.send_signal(signal.SIGKILL)
         finally:
             process.kill()
-            process.wait(30)
+            process.wait()
         store = stores.open_release_store(small_store.root)
         assert store.active().release == active
         store.open_active()  # verified: every file's size and checksum

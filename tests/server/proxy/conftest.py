@@ -21,6 +21,7 @@ from rectokens.catalog.build import build_catalog
 from rectokens.prompts.recipe import PromptRecipe
 from server.run import listen
 from tests.metrics_page import sample_of
+from tests.waiting import LIMIT_S, until
 
 FINGERPRINT = "ab" * 32
 _TEXT = "<unk> <s> </s> the user likes matte lipstick and a b c : assistant"
@@ -192,8 +193,7 @@ async def serving(app: Any) -> AsyncIterator[str]:
         )
     )
     task = asyncio.ensure_future(server._serve(sockets=[listener]))
-    while not server.started:
-        await asyncio.sleep(0.005)
+    await until(lambda: server.started or task.done())
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
@@ -294,7 +294,7 @@ async def start_proxy(parts: Any, upstream: MockUpstream) -> AsyncIterator[Any]:
             proxy = Proxy(chosen, ProxyParts(prompts[catalog], encoder))
             base = await stack.enter_async_context(serving(create_proxy_app(settings, proxy)))
             client = await stack.enter_async_context(
-                httpx.AsyncClient(base_url=base, timeout=30, limits=httpx.Limits())
+                httpx.AsyncClient(base_url=base, timeout=LIMIT_S, limits=httpx.Limits())
             )
             return RunningProxy(proxy, client)
 

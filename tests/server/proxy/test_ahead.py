@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from server.proxy.ahead import AheadEncoder
 from server.proxy.embedding_table import EmbeddingTable
 from server.proxy.encoded_table import EncodedTable
 from server.proxy.encoder import EmbedsEncoder
+from tests.waiting import wait_until
 
 WEIGHT = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -24,13 +24,6 @@ def table(weight=WEIGHT):
 
 def threads():
     return [t for t in threading.enumerate() if t.name == "encode-ahead"]
-
-
-def wait_until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "did not come about"
-        time.sleep(0.005)
 
 
 @pytest.fixture

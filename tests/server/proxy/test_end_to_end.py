@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 
 import httpx
 import pytest
+
+from tests.waiting import LIMIT_S, until
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ async def service(store, mock_tools):
     settings = load_settings({"model": str(store.model), "catalog": str(store.catalog)})
     app = create_app(settings, lambda: load_release(settings))
     async with mock_tools.serving(app) as url:
-        while app.state.service.phase != "ready":
-            await asyncio.sleep(0.01)
+        await until(lambda: app.state.service.phase == "ready" or app.state.service.load_error)
+        assert app.state.service.load_error is None
         yield url
 
 
@@ -58,7 +59,7 @@ def assert_same_ranking(found, expected, tolerance):
 async def test_the_same_items_with_and_without_the_proxy(service, start_proxy, settings):
     proxy = await start_proxy(catalog=True, url=service, **settings)
     exact = settings == {"embedding_compression": "none"}
-    async with httpx.AsyncClient(base_url=service, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=service, timeout=LIMIT_S) as client:
         for prompt in PROMPTS:
             body = {"prompt": prompt, **ALL}
             direct = await client.post("/v1/completions", json=body)
@@ -110,9 +111,9 @@ async def test_served_with_the_service_below_proxy(store, service, mock_tools):
     app = create_app(settings, lambda: load_release(settings), proxy)
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(mock_tools.serving(app))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60))
-        while (await client.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.01)
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=LIMIT_S))
+        await until(lambda: app.state.service.phase == "ready" or app.state.service.load_error)
+        assert (await client.get("/ready")).status_code == 200
         body = {"prompt": "<item:B001>", "n": 5}
         found = [await client.post(path, json=body) for path in ("/v1/completions",) * 2]
         through = await client.post("/proxy/v1/completions", json=body)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import socket
 
 import pytest
+
+from tests.ports import port_of_nobody
+from tests.waiting import LIMIT_S, until
 
 URL = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -19,18 +21,6 @@ def assert_error(response, status, code):
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == code, error
     return error["message"]
-
-
-async def until(condition, timeout=10.0):
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 async def every_way(proxy):
@@ -45,10 +35,11 @@ async def every_way(proxy):
 
 
 async def test_an_upstream_that_is_down_is_a_502(start_proxy):
-    proxy = await start_proxy(url=f"http://127.0.0.1:{free_port()}")
-    for response in await every_way(proxy):
-        assert_error(response, 502, "upstream_unreachable")
-    assert_error(await proxy.client.get("/ready"), 503, "upstream_unavailable")
+    with port_of_nobody() as port:
+        proxy = await start_proxy(url=f"http://127.0.0.1:{port}")
+        for response in await every_way(proxy):
+            assert_error(response, 502, "upstream_unreachable")
+        assert_error(await proxy.client.get("/ready"), 503, "upstream_unavailable")
     assert (await proxy.client.get("/health")).status_code == 200
     line = 'rectokens_proxy_rejected_total{reason="upstream_unreachable"}'
     assert await proxy.metric(line) == 5
@@ -56,7 +47,7 @@ async def test_an_upstream_that_is_down_is_a_502(start_proxy):
 
 async def test_an_upstream_that_is_silent_is_a_504(start_proxy, upstream):
     async def behave(call):
-        await asyncio.sleep(60)
+        await asyncio.sleep(LIMIT_S)
 
     upstream.behave = behave
     proxy = await start_proxy(read_timeout_s=0.1)
@@ -236,12 +227,14 @@ async def test_a_stream_that_breaks_ends_with_an_error(
 ):
     async def silent(call):
         await stream_of(*chunks, end=end)(call)
-        await asyncio.sleep(60)
+        await asyncio.sleep(LIMIT_S)
 
     error = mock_tools.CloseNowError() if closes else None
     waits = not closes and not end
     upstream.behave = silent if waits else stream_of(*chunks, end=end, error=error)
-    proxy = await start_proxy(read_timeout_s=0.15, max_response_bytes=5_000)
+    # Long enough for the beginning to pass, however slow this machine is just now.
+    silence_s = 1.0 if waits else LIMIT_S
+    proxy = await start_proxy(read_timeout_s=silence_s, max_response_bytes=5_000)
     response = await (proxy.chat if chat else proxy.complete)(stream=True)
     assert response.status_code == 200
     events = [e.removeprefix("data: ") for e in response.text.split("\n\n") if e]
@@ -265,7 +258,7 @@ async def test_a_client_that_leaves_cancels_the_upstream_call(
         if begun and stream:
             await call.begin_events()
             await call.chunk(GOOD)
-        await asyncio.sleep(60)
+        await asyncio.sleep(LIMIT_S)
 
     upstream.behave = behave
     proxy = await start_proxy()
@@ -279,10 +272,14 @@ async def test_a_client_that_leaves_cancels_the_upstream_call(
     if begun and stream:
         await reader.readuntil(b"cmpl-1")
     writer.close()
-    await asyncio.wait_for(upstream.calls[0].gone.wait(), 10)
+    await asyncio.wait_for(upstream.calls[0].gone.wait(), LIMIT_S)
     await until(lambda: upstream.connections == 0)
-    assert await proxy.metric("rectokens_proxy_in_flight") == 0
-    assert await proxy.metric('rectokens_proxy_rejected_total{reason="client_gone"}') == 1
+
+    async def counted():
+        gone = await proxy.metric('rectokens_proxy_rejected_total{reason="client_gone"}')
+        return gone == 1 and await proxy.metric("rectokens_proxy_in_flight") == 0
+
+    await until(counted)
     assert (await proxy.client.get("/health")).status_code == 200
 
 
@@ -369,12 +366,13 @@ async def test_a_thousand_requests_leave_nothing_behind(start_proxy, upstream, m
             elif kind == 3:
                 await call.answer(400, {"error": {"message": "no"}})
             else:
-                await asyncio.sleep(60)
+                await asyncio.sleep(LIMIT_S)
         finally:
             busy -= 1
 
     upstream.behave = behave
-    proxy = await start_proxy()
+    # A thousand connections are made while all of them share one event loop.
+    proxy = await start_proxy(connect_timeout_s=LIMIT_S, read_timeout_s=LIMIT_S)
     before = len(asyncio.all_tasks())
     bodies = [{"prompt": [3, 4, 5], "n": n, "stream": n % 5 == 1} for n in range(count)]
     work = [

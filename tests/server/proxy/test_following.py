@@ -17,6 +17,7 @@ from server.proxy.following import ProxyFollower
 from server.proxy.requests import ProxyRequest, TextsOrIds
 from server.proxy.service import load_proxy
 from server.settings import load_settings
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -116,9 +117,7 @@ async def test_metrics_tell_when_the_proxy_is_behind(releases, settings):
     assert metric(proxy, "release_behind") == 1
     assert metric(proxy, "store_activations") == first + 1
     with follower.following(proxy):
-        async with asyncio.timeout(30):
-            while not metric(proxy, "follow_failures_total"):
-                await asyncio.sleep(0.02)
+        await until(lambda: metric(proxy, "follow_failures_total"))
     file.write_bytes(content)
     follower.look(proxy)
     assert metric(proxy, "release_behind") == 0
@@ -129,9 +128,7 @@ async def test_it_looks_by_itself_until_it_is_told_to_stop(releases, settings):
     proxy = load_proxy(settings, *follower.first())
     with follower.following(proxy):
         activate_items(releases, "new")
-        async with asyncio.timeout(30):
-            while not takes(proxy, "new"):
-                await asyncio.sleep(0.02)
+        await until(lambda: takes(proxy, "new"))
     releases.rollback()
     await asyncio.sleep(0.2)
     assert takes(proxy, "new")

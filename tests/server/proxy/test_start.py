@@ -30,6 +30,7 @@ from server.proxy.errors import ProxyError
 from server.proxy.run import run_proxy
 from server.proxy.service import load_proxy
 from server.settings import SettingsError, load_settings, setting_fields
+from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).parents[3]
 IDS = [3, 0, 9, 3]
@@ -239,7 +240,7 @@ def command(*arguments, **kwargs):
 
 
 def test_help_has_every_setting_under_both_names():
-    out, _ = command("proxy", "--help").communicate(timeout=60)
+    out, _ = command("proxy", "--help").communicate(timeout=LIMIT_S)
     for field, names in proxy_fields().items():
         for name in (field.flag, *(f"--{name}" for name in names)):
             assert name in out
@@ -257,7 +258,7 @@ def test_help_has_every_setting_under_both_names():
 )
 def test_what_stops_the_start_is_one_message(arguments, code, part):
     process = command(*arguments)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == code
     assert part in err
     assert "Traceback" not in err
@@ -296,17 +297,18 @@ def test_a_life_from_start_to_sigterm(store, tmp_path, named):
     lines = []
     try:
         for line in process.stderr:
-            lines.append(json.loads(line))
+            lines.append(json.loads(line) if line.startswith("{") else {"event": line})
             if lines[-1]["event"] == "listening":
                 break
+        assert "port" in lines[-1], lines
         url = f"http://127.0.0.1:{lines[-1]['port']}"
         headers = {"Authorization": "Bearer SECRETKEY"}
         body = {"prompt": "matte <item:B001>"}
-        response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30)
+        response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=LIMIT_S)
         assert response.json()["error"]["code"] == "upstream_unreachable"
     finally:
         process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=30)
+        _, rest = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0
     log = json.dumps(lines) + rest
     assert '"hidden_size": 32' in log

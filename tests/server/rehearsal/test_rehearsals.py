@@ -10,6 +10,7 @@ import pytest
 
 from server.rehearsal.activation import ActivationRefusedError, ActivationSteps
 from server.rehearsal.types import GateOptions
+from tests.waiting import LIMIT_S, until
 
 FAST = {"store__poll_s": "0.02", "jobs__start_worker": False, "engine__kv_memory_mib": "4"}
 
@@ -38,19 +39,15 @@ class Place:
         steps = ActivationSteps(self.board)
         given = GateOptions(**options) if options else None
         release = self.small_store.releases[number]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(LIMIT_S):
             return await asyncio.to_thread(steps.rehearse, str(self._count), release, given)
 
     async def alive(self) -> None:
-        async with asyncio.timeout(20):
-            while not await asyncio.to_thread(self.board.servers):
-                await asyncio.sleep(0.01)
+        await until(lambda: asyncio.to_thread(self.board.servers))
 
     async def served(self, number: int) -> None:
         wanted = self.small_store.releases[number]
-        async with asyncio.timeout(20):
-            while self.service.release is None or self.service.release.version != wanted:
-                await asyncio.sleep(0.01)
+        await until(lambda: self.service.release and self.service.release.version == wanted)
 
 
 @pytest.fixture
@@ -78,10 +75,7 @@ async def test_nobody_waits_for_the_next_look_or_the_next_sign_of_life(
     small_store.activate(2)
     await place.served(2)
     steps = ActivationSteps(place.board)
-    async with asyncio.timeout(20):
-        told = await asyncio.to_thread(
-            steps.wait_until_served, small_store.releases[2], timeout_s=10.0
-        )
+    told = await asyncio.to_thread(steps.wait_until_served, small_store.releases[2], LIMIT_S)
     assert [one["state"] for one in told] == ["serving"]
 
 
@@ -114,9 +108,7 @@ async def test_the_gate_blocks_and_what_was_loaded_is_let_go(start, small_store)
         await place.rehearse(2, requests=requests)
     assert no.value.blocked
     assert no.value.report.replay.compared == 1
-    async with asyncio.timeout(10):
-        while not place.service.retired.gone:
-            await asyncio.sleep(0.01)
+    await until(lambda: place.service.retired.gone)
     assert place.service.release.version == small_store.releases[1]
     line = 'rectokens_activations_refused_total{state="blocked"}'
     assert await place.running.metric(line) == 1
@@ -162,9 +154,8 @@ async def test_what_does_not_become_active_is_let_go(start, small_store, monkeyp
     place = await start()
     small_store.add(2)
     assert (await place.rehearse(2)).state == "passed"
-    async with asyncio.timeout(10):
-        while place.link.follower.ready_release or not place.service.retired.gone:
-            await asyncio.sleep(0.01)
+    follower, retired = place.link.follower, place.service.retired
+    await until(lambda: retired.gone and not follower.ready_release)
     assert place.service.release.version == small_store.releases[1]
     assert (await place.rehearse(2)).state == "passed"  # and it may be tried again
 
@@ -188,9 +179,11 @@ async def test_a_second_try_takes_what_is_held_and_another_release_takes_its_pla
 
 async def test_one_of_two_servers_tries_and_both_follow(start, small_store):
     first, second = await start(), await start()
-    async with asyncio.timeout(10):
-        while len(await asyncio.to_thread(first.board.servers)) < 2:
-            await asyncio.sleep(0.01)
+
+    async def both() -> bool:
+        return len(await asyncio.to_thread(first.board.servers)) == 2
+
+    await until(both)
     small_store.add(2)
     report = await first.rehearse(2)
     assert report.state == "passed"
@@ -198,5 +191,5 @@ async def test_one_of_two_servers_tries_and_both_follow(start, small_store):
     assert sorted(held, key=str) == sorted([None, small_store.releases[2]], key=str)
     small_store.activate(2)
     steps = ActivationSteps(first.board)
-    states = await asyncio.to_thread(steps.wait_until_served, small_store.releases[2], 20)
+    states = await asyncio.to_thread(steps.wait_until_served, small_store.releases[2], LIMIT_S)
     assert [one["state"] for one in states] == ["serving", "serving"]
