@@ -10,7 +10,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,9 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests.ports import port_to_come
+from tests.waiting import LIMIT_S, ended, wait_until
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "nginx"
 
@@ -63,7 +65,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for piece in (b'{"first": 1}\n', b'{"second": 2}\n'):
             self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
             self.wfile.flush()
-            assert self.server.go_on.wait(20)
+            assert self.server.go_on.wait(LIMIT_S)
         self.wfile.write(b"0\r\n\r\n")
 
 
@@ -79,13 +81,7 @@ class Running:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=20)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+        self.client = httpx.Client(base_url=self.url, timeout=LIMIT_S)
 
 
 def write_files(folder: Path, upstream_port: int, ports: dict[str, int]) -> Path:
@@ -115,6 +111,15 @@ def write_files(folder: Path, upstream_port: int, ports: dict[str, int]) -> Path
     return main
 
 
+def answers(process: subprocess.Popen[str], url: str) -> httpx.Response | None:
+    """What nginx says, None before it listens."""
+    assert process.poll() is None, process.communicate()
+    try:
+        return httpx.get(url, timeout=LIMIT_S)
+    except httpx.TransportError:
+        return None
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("nginx")
@@ -134,7 +139,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     subprocess.run(made, check=True, capture_output=True)
     upstream = Upstream()
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
-    ports = {name: free_port() for name in ("plain", "tls", "redirect")}
+    ports = {name: port_to_come() for name in ("plain", "tls", "redirect")}
     main = write_files(folder, upstream.server_address[1], ports)
     # As root it would give its files to another user; a container starts it as that user at once.
     command = ["nginx", "-c", str(main), "-g", "daemon off; user root;"]
@@ -147,17 +152,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         folder / "access.log",
     )
     try:
-        for _ in range(200):
-            try:
-                result.client.get("/health")
-                break
-            except httpx.TransportError:
-                assert process.poll() is None, process.stderr.read() if process.stderr else ""
-                time.sleep(0.1)
+        wait_until(lambda: answers(process, f"{result.url}/health"))
         yield result
     finally:
         process.terminate()
-        process.wait(20)
+        ended(process)
         upstream.shutdown()
 
 
@@ -197,7 +196,7 @@ def test_all_else_stays_outside(running: Running, path: str) -> None:
     before = len(running.upstream.seen)
     # Not through a client that tidies paths up.
     port = int(running.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -243,41 +242,37 @@ def test_what_a_client_claims_about_itself_is_not_passed_on(running: Running) ->
 def test_the_log_has_ids_and_no_secrets(running: Running) -> None:
     headers = {"X-Request-ID": "in-the-log", "Authorization": "Bearer SECRET"}
     running.client.post("/v1/recommend?q=SECRET", headers=headers, content=b"SECRET")
-    for _ in range(100):
+
+    def logged() -> list[dict[str, Any]]:
         lines = running.log.read_text().splitlines()
-        mine = [one for one in map(json.loads, lines) if one["request_id"] == "in-the-log"]
-        if mine:
-            break
-        time.sleep(0.05)
+        return [one for one in map(json.loads, lines) if one["request_id"] == "in-the-log"]
+
+    mine = wait_until(logged)
     assert (mine[0]["path"], mine[0]["status"]) == ("/v1/recommend", 200)
     assert "SECRET" not in running.log.read_text()
 
 
 def test_a_service_that_is_gone_is_told_so(tmp_path: Path) -> None:
-    port = free_port()
+    port = port_to_come()
     main = write_files(tmp_path, 9, {"plain": port, "tls": 8443, "redirect": 8080})
     for name in ("tls", "redirect"):
         (main.parent / "servers" / f"{name}.conf").unlink()
-    process = subprocess.Popen(["nginx", "-c", str(main), "-g", "daemon off; user root;"])
+    command = ["nginx", "-c", str(main), "-g", "daemon off; user root;"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        for _ in range(100):
-            try:
-                response = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=20)
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
+        response = wait_until(lambda: answers(process, f"http://127.0.0.1:{port}/v1/models"))
         assert response.status_code == 502
         assert response.json()["error"]["code"] == "upstream_unreachable"
         assert response.headers["retry-after"] == "1"
         assert response.headers["x-request-id"]
     finally:
         process.terminate()
-        process.wait(20)
+        ended(process)
 
 
 def test_tls(running: Running) -> None:
     trust = ssl.create_default_context(cafile=str(running.log.parent / "fullchain.pem"))
-    with httpx.Client(verify=trust, timeout=20) as client:
+    with httpx.Client(verify=trust, timeout=LIMIT_S) as client:
         response = client.get(f"{running.tls_url}/v1/models")
         assert response.json() == {"path": "/v1/models"}
         assert "max-age" in response.headers["strict-transport-security"]

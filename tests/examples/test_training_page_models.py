@@ -7,10 +7,8 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +17,9 @@ import httpx
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.ports import port_to_come
+from tests.waiting import LIMIT_S, ended, wait_until
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "training.md"
@@ -142,9 +143,7 @@ def run_script(module: str, words: list[str]) -> None:
 
 @contextmanager
 def served(words: list[str]):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = port_to_come()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     flags = ["--host", "127.0.0.1", "--port", str(port)]
     with open("server.log", "wb") as log:
@@ -153,21 +152,20 @@ def served(words: list[str]):
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+
+        def is_ready():
             assert process.poll() is None, Path("server.log").read_text()[-2000:]
             try:
-                if httpx.get(f"{url}/ready", trust_env=False).status_code == 200:
-                    break
+                answer = httpx.get(f"{url}/ready", trust_env=False, timeout=LIMIT_S)
             except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        else:
-            pytest.fail(Path("server.log").read_text()[-2000:])
+                return False
+            return answer.status_code == 200
+
+        wait_until(is_ready, lambda: Path("server.log").read_text()[-2000:])
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        ended(process, lambda: Path("server.log").read_text()[-2000:])
 
 
 @pytest.mark.slow
@@ -185,7 +183,9 @@ def test_the_commands_of_models(place):
                     run_script(asked[2], [small_config(asked[3], url, place)])
                 else:
                     body = {"history": ["B001"], "top_k": 3}
-                    answer = httpx.post(f"{url}/v1/recommend", json=body, trust_env=False)
+                    answer = httpx.post(
+                        f"{url}/v1/recommend", json=body, trust_env=False, timeout=LIMIT_S
+                    )
                     assert len(answer.json()["items"]) == 3
         else:
             run_script(words[2], [small_config(words[3], url, place)])

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import LIMIT_S
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("locust") is None, reason="locust is not installed"
 )
@@ -50,7 +52,7 @@ def serve() -> Iterator[Callable[..., str]]:
     for process in started:
         process.terminate()
     for process in started:
-        process.communicate(timeout=30)
+        process.communicate(timeout=LIMIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ class Run:
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=LIMIT_S,
             check=False,
         )
         self.code, self.log = result.returncode, result.stderr
@@ -147,7 +149,7 @@ user.make(visit, due_s=time.perf_counter() - 100)
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         check=True,
     )
     (failed, as_sent), (failed_too, as_due) = (line.split() for line in result.stdout.splitlines())

@@ -47,7 +47,8 @@ async def test_growing_histories_under_pressure(start_app: Any, releases: tuple[
     resident = None
     begun = time.monotonic()
     while time.monotonic() < begun + SECONDS or asked < 200:
-        if resident is None and time.monotonic() > begun + SECONDS / 2:
+        # By then everything has been done once, however slow the machine.
+        if resident is None and asked >= 100 and time.monotonic() > begun + SECONDS / 2:
             resident = resident_bytes()
         user = min(int(rng.expovariate(0.15)), USERS - 1)
         history = histories[user]

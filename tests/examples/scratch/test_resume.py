@@ -102,7 +102,7 @@ def test_killed_and_continued(trained, data, recipe, options, tmp_path):
     code = _KILLED.format(root=str(ROOT), here=str(Path(__file__).parent), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ})
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline:
             if list(tmp_path.glob("checkpoint-*/model.safetensors")):
                 break  # in the middle of writing a checkpoint, most likely

@@ -138,7 +138,7 @@ def test_the_lock(tmp_path: Path):
         other.start()
         time.sleep(0.1)
         assert answers == []
-    other.join(10)
+    other.join(60)
     assert answers == [True]
     assert two.current().release == B
 

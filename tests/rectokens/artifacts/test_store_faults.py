@@ -25,6 +25,7 @@ from rectokens.artifacts.release_store import ActivationConflictError, ReleaseSt
 from rectokens.catalog.artifact import load_catalog, save_catalog
 from rectokens.catalog.build import build_catalog
 from rectokens.catalog.catalog import Catalog
+from tests.waiting import LIMIT_S
 
 WORKER = Path(__file__).with_name("store_worker.py")
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
@@ -88,7 +89,7 @@ def test_kill_9(root: Path, model_folder: Path):
             time.sleep(chance.random() * 0.3)
             worker.send_signal(signal.SIGKILL)
         for worker in running:
-            out, err = worker.communicate(timeout=30)
+            out, err = worker.communicate(timeout=LIMIT_S)
             assert worker.returncode == -signal.SIGKILL, err
             steps += len(out.split()) + 1
         if not upcoming:
@@ -186,7 +187,9 @@ def test_of_many_that_expect_the_same_exactly_one_wins(root: Path, model_folder,
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
     with ThreadPoolExecutor() as pool:
-        answers = list(pool.map(lambda racer: racer.communicate("go\n", timeout=60)[0], racers))
+        answers = list(
+            pool.map(lambda racer: racer.communicate("go\n", timeout=LIMIT_S)[0], racers)
+        )
     assert sorted(answers) == ["lost\n", "won\n"]
     winner = releases[answers.index("won\n")]
     assert store.active().release == winner

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from rectokens.cli.errors import message_of, one_message
+from tests.waiting import ended
 
 
 def test_messages_are_one_line():
@@ -59,7 +60,7 @@ def test_a_terminated_writer_leaves_nothing(tmp_path: Path):
         "def populate(folder):\n"
         "    (folder / 'a.txt').write_text('half')\n"
         "    print('writing', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(3_600)\n"
         "exit_on_sigterm()\n"
         f"write_artifact(Path({str(tmp_path)!r}), 'catalog', populate)\n"
     )
@@ -67,5 +68,5 @@ def test_a_terminated_writer_leaves_nothing(tmp_path: Path):
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"writing\n"
         writer.send_signal(signal.SIGTERM)
-        assert writer.wait(timeout=30) == 143
+        assert ended(writer) == 143
     assert list(tmp_path.iterdir()) == []

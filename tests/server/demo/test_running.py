@@ -7,6 +7,7 @@ import pytest
 
 from rectokens.artifacts.store import ArtifactStore
 from server.demo.running import ServerStartError, serving
+from tests.waiting import LIMIT_S
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
@@ -37,7 +38,9 @@ def test_a_release_is_served_for_as_long_as_the_block_lasts(tiny_store, tiny_dat
         asked = {"history": history, "top_k": 3, "beam_width": 5}
         mixed = {"input": [{"text": "likes matte lipstick"}, {"item": history[0]}], "top_k": 3}
         for body in (asked, mixed):
-            answer = httpx.post(f"{base_url}/v1/recommend", json=body, trust_env=False)
+            answer = httpx.post(
+                f"{base_url}/v1/recommend", json=body, trust_env=False, timeout=LIMIT_S
+            )
             assert answer.status_code == 200, answer.text
             returned = [item["item_id"] for item in answer.json()["items"]]
             assert len(returned) == 3
