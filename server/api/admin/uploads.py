@@ -13,7 +13,7 @@ from server.api.admin.common import BODY_ERRORS, READ_ERRORS, admin_router, link
 from server.api.admin.schemas import Upload, UploadList
 from server.api.responses import JSONResponse, documented_errors
 from server.errors import ErrorKind, ServiceError
-from server.uploads import EmptyUploadError, UploadError
+from server.uploads import EmptyUploadError, UploadError, UploadFolder, UploadWriter
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ async def upload(
     It is kept for three days. It lies on this host: a job's worker elsewhere does not see it.
     """
     folder = link_of(request).uploads
-    writer = await _guarded(asyncio.to_thread(folder.begin, file_format))
+    writer = await _guarded(_begun(folder, file_format))
     try:
         pending = bytearray()
         async for chunk in request.stream():
@@ -103,6 +103,21 @@ async def delete_upload(
     if not await _guarded(asyncio.to_thread(link_of(request).uploads.remove, path)):
         raise ServiceError(ErrorKind.NOT_FOUND, f"upload {path!r} is not there", param="path")
     return Response(status_code=204)
+
+
+async def _begun(folder: UploadFolder, suffix: str) -> UploadWriter:
+    """A file that was begun; where nobody waits for it any more, it is not left behind."""
+    beginning = asyncio.ensure_future(asyncio.to_thread(folder.begin, suffix))
+    try:
+        return await asyncio.shield(beginning)
+    except asyncio.CancelledError:
+        beginning.add_done_callback(_discard)
+        raise
+
+
+def _discard(begun: asyncio.Future[UploadWriter]) -> None:
+    if not begun.cancelled() and begun.exception() is None:
+        begun.result().discard()
 
 
 async def _guarded(work: Awaitable[T]) -> T:

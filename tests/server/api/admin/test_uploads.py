@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from server.uploads import UploadError, UploadFolder
+from server.uploads import UploadError, UploadFolder, UploadWriter
 from tests.waiting import until
 
 
@@ -118,6 +119,36 @@ async def test_a_client_that_is_too_slow_or_leaves_leaves_nothing_behind(start_a
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await until(lambda: not files_in(small_store))
+
+
+async def test_an_upload_that_is_given_up_as_it_begins_leaves_nothing_behind(
+    start_app, small_store, monkeypatch
+):
+    running = await limited(start_app, small_store)
+    begin, entered, go = UploadFolder.begin, threading.Event(), threading.Event()
+
+    def slow(self, suffix):
+        entered.set()
+        go.wait(60)
+        return begin(self, suffix)
+
+    monkeypatch.setattr(UploadFolder, "begin", slow)
+    sending = asyncio.create_task(running.client.post("/admin/uploads?format=npy", content=b"x"))
+    await asyncio.to_thread(entered.wait, 60)
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+    gone = asyncio.Event()
+    discard = UploadWriter.discard
+
+    def told(self):
+        discard(self)
+        gone.set()
+
+    monkeypatch.setattr(UploadWriter, "discard", told)
+    go.set()
+    async with asyncio.timeout(60):
+        await gone.wait()
+    assert files_in(small_store) == []
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
