@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 _MAX_DIGITS = 1_000
 
@@ -31,17 +36,87 @@ class StrictJsonRequest(Request):
         return self._json
 
 
+@dataclass(frozen=True, slots=True)
+class _DirectCall:
+    """An endpoint that takes a body and the request, and answers with a response of its own.
+
+    Attributes:
+        endpoint: of the route.
+        model: of the body.
+        body: name of its parameter.
+        request: likewise.
+    """
+
+    endpoint: Callable[..., Coroutine[Any, Any, Response]]
+    model: type[BaseModel]
+    body: str
+    request: str
+
+    async def parsed(self, request: StrictJsonRequest) -> BaseModel | None:
+        """The body; None where anything about it is not as it should be, or unusual."""
+        if request.headers.get("content-type") != "application/json":
+            return None
+        try:
+            return self.model.model_validate(await request.json())
+        except HTTPException:
+            raise
+        except Exception:  # whatever it is, the framework meets it again and says what is wrong
+            return None
+
+    async def __call__(self, body: BaseModel, request: Request) -> Response:
+        """What the endpoint answers."""
+        return await self.endpoint(**{self.body: body, self.request: request})
+
+
 class StrictJsonRoute(APIRoute):
-    """A route that reads its body with :class:`StrictJsonRequest`."""
+    """A route that reads its body with :class:`StrictJsonRequest`.
+
+    A sound body goes to the endpoint directly where the framework would do nothing else with it,
+    which takes half as long; any other takes the framework's own way, which words the errors.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler FastAPI would use, given the strict request."""
         handler = super().get_route_handler()
+        direct = self.direct_call()
 
         async def strict(request: Request) -> Response:
-            return await handler(StrictJsonRequest(request.scope, request.receive))
+            strict_request = StrictJsonRequest(request.scope, request.receive)
+            if direct is not None and (body := await direct.parsed(strict_request)) is not None:
+                return await direct(body, strict_request)
+            return await handler(strict_request)
 
         return strict
+
+    def direct_call(self) -> _DirectCall | None:
+        """The endpoint, if all that it needs is its body and the request."""
+        needs = self.dependant
+        if (
+            needs.path_params
+            or needs.query_params
+            or needs.header_params
+            or needs.cookie_params
+            or len(needs.body_params) != 1
+            or needs.request_param_name is None
+            or not all(_is_for_documentation(one.call) for one in needs.dependencies)
+            or not inspect.iscoroutinefunction(self.endpoint)
+        ):
+            return None
+        hints = get_type_hints(self.endpoint)
+        name = needs.body_params[0].name
+        taken = {name, needs.request_param_name, "return"}
+        if set(hints) != taken or not (_is_a(hints[name], BaseModel) and _is_a(hints["return"])):
+            return None
+        return _DirectCall(self.endpoint, hints[name], name, needs.request_param_name)
+
+
+def _is_a(hint: Any, kind: type[Any] = Response) -> bool:
+    return isinstance(hint, type) and issubclass(hint, kind)
+
+
+def _is_for_documentation(dependency: Any) -> bool:
+    """Whether it is there for OpenAPI alone."""
+    return isinstance(dependency, HTTPBearer) and not dependency.auto_error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
