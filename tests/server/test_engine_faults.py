@@ -7,6 +7,7 @@ weights, a device that is gone.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -191,7 +192,13 @@ async def test_a_device_that_is_gone_answers_everybody_and_fails_health(
     start_app: Any, release: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = await start_app(release)
-    break_forward(monkeypatch, release, lambda rows: torch.AcceleratorError("unspecified failure"))
+    everybody = threading.Event()
+
+    def broken(rows: int) -> Exception:
+        assert everybody.wait(LIMIT_S)
+        return torch.AcceleratorError("unspecified failure")
+
+    asked = break_forward(monkeypatch, release, broken)
     zeros = torch.zeros
 
     def gone(*arguments: Any, **options: Any) -> Any:
@@ -206,7 +213,12 @@ async def test_a_device_that_is_gone_answers_everybody_and_fails_health(
             "/v1/recommend/batch", json={"requests": [body(item) for item in ITEMS]}
         )
     )
-    alone = await running.post(body("item-1"))
+    # A call that comes later is refused as a whole.
+    await until(lambda: asked)
+    waiting = asyncio.create_task(running.post(body("item-1", beam_width=9)))
+    await until(lambda: running.service._batcher.queued_beam_rows % 8 == 1)
+    everybody.set()
+    alone = await waiting
     assert alone.status_code == 503
     assert alone.json()["error"]["code"] == "engine_dead"
     streamed = [httpx.Response(200, content=line).json() for line in (await lines).iter_lines()]
