@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rectokens.catalog.artifact import ITEMS_NAME
-from server.release import ReleaseError
+from server.release import ReleaseError, require_gpu
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -97,8 +97,13 @@ def require_room(need: MemoryNeed, device: torch.device, available: AvailableByt
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken on a device, as far as the machine tells."""
+    """Bytes that can still be taken on a device, as far as the machine tells.
+
+    Raises:
+        ReleaseError: it is a GPU, and there is none.
+    """
     if device.type == "cuda":
+        require_gpu()
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)

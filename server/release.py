@@ -111,8 +111,8 @@ def load_parts(
     Raises:
         ReleaseError: see :func:`load_release`.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ReleaseError("--device is cuda, but torch finds no GPU; use auto or cpu")
+    if settings.device == "cuda":
+        require_gpu()
     try:
         return _load(settings, model_path, catalog_path, version, beside)
     except ReleaseError:
@@ -120,6 +120,16 @@ def load_parts(
     except (ValueError, OSError) as error:
         # ArtifactError and the loaders' own errors name the file and the values.
         raise ReleaseError(str(error)) from error
+
+
+def require_gpu() -> None:
+    """Refuse to go on without a GPU.
+
+    Raises:
+        ReleaseError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise ReleaseError("--device is cuda, but torch finds no GPU; use auto or cpu")
 
 
 def release_paths(settings: Settings) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ from functools import partial
 import fsspec
 import pytest
 import structlog
+import torch
 
 from rectokens.artifacts.open_store import open_release_store
 from server.memory import NotEnoughMemoryError
@@ -491,6 +492,13 @@ class TestMemory:
                 load()
         else:
             assert load().engine.prefix_cache is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(small_store):
+    source = ReleaseSource(load_settings({"device": "cuda"}), small_store.store)
+    with pytest.raises(ReleaseError, match="torch finds no GPU; use auto or cpu"):
+        source.load_first(0.01, threading.Event())
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
