@@ -143,7 +143,7 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
     """
     catalog = release.catalog
     # Arrays: what is done to a few hundred numbers takes torch several times as long.
-    history = catalog.index_of(query.item_ids).numpy()
+    history = catalog.find(query.item_ids)
     is_known = history >= 0
     known = history if is_known.all() else history[is_known]
     unknown = unknown_items(query, is_known, catalog)
@@ -153,10 +153,10 @@ def prepare(query: RecommendQuery, release: Release) -> PreparedSearch:
     elif query.prompt is not None:
         prompt = tokens_prompt(query.prompt, query.parts_param, release)
     else:
-        prompt = history_prompt(query, is_known, catalog.codes_of(known).numpy(), release)
+        prompt = history_prompt(query, is_known, catalog.code_rows(known), release)
     excluded = [known] if query.exclude_history else []
     if query.exclude_items:
-        indices = catalog.index_of(query.exclude_items).numpy()
+        indices = catalog.find(query.exclude_items)
         excluded.append(indices[indices >= 0])
     search = SearchRequest(
         prompt=prompt.token_ids,

@@ -105,7 +105,11 @@ class Catalog:
         Raises:
             TypeError: something that is no string.
         """
-        return torch.from_numpy(self._index.find(item_ids))
+        return torch.from_numpy(self.find(item_ids))
+
+    def find(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        """What :meth:`index_of` gives, as an array, which few numbers are made sooner as."""
+        return self._index.find(item_ids)
 
     def ids_of(self, item_indices: Tensor | Sequence[int]) -> list[str]:
         """Item ids of item indices (n,).
@@ -115,7 +119,7 @@ class Catalog:
         """
         indices = self._checked(item_indices)
         if len(indices) <= _FEW:
-            return [self.item_ids[index] for index in indices.tolist()]
+            return list(map(self.item_ids.item, indices.tolist()))
         names: list[str] = self.item_ids[indices].to_list()
         return names
 
@@ -125,7 +129,17 @@ class Catalog:
         Raises:
             IndexError: an index outside [0, N).
         """
-        return torch.from_numpy(self._codes_of(self._checked(item_indices)))
+        return torch.from_numpy(self.code_rows(item_indices))
+
+    def code_rows(
+        self, item_indices: Tensor | NDArray[np.int64] | Sequence[int]
+    ) -> NDArray[np.int64]:
+        """What :meth:`codes_of` gives, as an array.
+
+        Raises:
+            IndexError: as there.
+        """
+        return self._codes_of(self._checked(item_indices))
 
     def items_of_leaf(self, leaf: int) -> range:
         """Item indices that share a leaf (its number among the leaves), best first.

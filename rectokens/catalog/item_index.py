@@ -77,37 +77,35 @@ class ItemIndex:
         """
         if set(map(type, queries)) - {str}:
             queries = [_as_string(query) for query in queries]
-        found = np.full(len(queries), -1, dtype=np.int64)
-        if not self._entries.size or not found.size:
-            return found
-        hashes = self._hash_ids(queries) & ~self._row_mask
+        if not self._entries.size or not len(queries):
+            return np.full(len(queries), -1, dtype=np.int64)
+        sought = list(queries)
+        hashes = self._hash_ids(sought) & ~self._row_mask
         places = self._places.count_below(hashes)
-        rows = np.arange(len(queries))
-        while rows.size:
-            entries = self._entries.take(places, mode="clip")
-            near = np.flatnonzero((entries ^ hashes) <= self._row_mask)
-            if near.size < rows.size:
-                entries, hashes, places, rows = (
-                    entries[near],
-                    hashes[near],
-                    places[near],
-                    rows[near],
-                )
-            candidates = (entries & self._row_mask).astype(np.uint32)
-            # A series of this type is taken as it is; an array would be looked through first.
-            names = self._item_ids[pl.Series(candidates)].to_list()
-            sought = list(queries)
-            if rows.size < len(sought):
-                sought = [sought[row] for row in rows.tolist()]
-            if names == sought:
-                found[rows] = candidates
-                break
-            equal = np.fromiter(map(operator.eq, names, sought), dtype=np.bool_, count=len(names))
+        candidates, names = self._at(places)
+        if names == sought:  # most often: all of them are known, each the first with its bits
+            return candidates
+        found = np.full(len(sought), -1, dtype=np.int64)
+        rows = np.arange(len(sought))
+        while True:
+            wanted = map(sought.__getitem__, rows.tolist())
+            equal = np.fromiter(map(operator.eq, names, wanted), dtype=np.bool_, count=len(names))
             found[rows[equal]] = candidates[equal]
-            # Another string with these bits: look at the next one with the same.
-            left = ~equal & (places + 1 < self._entries.size)
-            hashes, places, rows = hashes[left], places[left] + 1, rows[left]
-        return found
+            # Another string with these bits: look at the next entry, if that has the same.
+            rows = rows[~equal]
+            places[rows] += 1
+            rows = rows[places[rows] < self._entries.size]
+            rows = rows[(self._entries[places[rows]] ^ hashes[rows]) <= self._row_mask]
+            if not rows.size:
+                return found
+            candidates, names = self._at(places[rows])
+
+    def _at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[str]]:
+        """Rows and strings of entries; of the last one for places beyond it."""
+        rows = self._entries.take(places, mode="clip") & self._row_mask
+        # A series of this type is taken as it is; an array would be looked through first.
+        names: list[str] = self._item_ids[pl.Series(rows.astype(np.uint32))].to_list()
+        return rows.view(np.int64), names
 
     def repeated(self) -> pl.Series:
         """Strings that the column holds more than once, each once, in the order of the column."""
