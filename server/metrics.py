@@ -64,6 +64,8 @@ class HttpMetrics:
             buckets=SECONDS,
             registry=registry,
         )
+        # Of routes and statuses so far: few, and looking them up takes as long as counting.
+        self._finished: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
         self._connections = Gauge(
             f"{prefix}_connections", "Connections of clients that are open.", registry=registry
@@ -83,8 +85,16 @@ class HttpMetrics:
 
     def request_finished(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request was answered (or its client had gone: 499)."""
-        self._requests.labels(route=route, status=str(status)).inc()
-        self._request_seconds.labels(route=route).observe(seconds)
+        known = self._finished.get((route, status))
+        if known is None:
+            known = (
+                self._requests.labels(route=route, status=str(status)),
+                self._request_seconds.labels(route=route),
+            )
+            self._finished[route, status] = known
+        requests, request_seconds = known
+        requests.inc()
+        request_seconds.observe(seconds)
 
     def connections_open(self, count: int) -> None:
         """So many connections are open."""

@@ -72,7 +72,8 @@ class StrictJsonRoute(APIRoute):
     """A route that reads its body with :class:`StrictJsonRequest`.
 
     A sound body goes to the endpoint directly where the framework would do nothing else with it,
-    a fifth of the time of the HTTP layers less; any other takes the framework's own way, which words the errors.
+    which saves a fifth of the time of the HTTP layers; any other takes the framework's own way,
+    which words the errors.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

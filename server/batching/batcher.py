@@ -387,15 +387,20 @@ class Batcher:
 
     def _begin(self, batch: _Batch) -> None:
         """Begin the batch that was chosen last, behind the one that runs."""
-        if len(self._running) == 1:
+        is_next = len(self._running) == 1
+        if is_next:
             self._is_on(batch)
         batch.prepared, batch.running = begin_batch(batch.places, batch.prepared)
+        if is_next:
+            self._tell(batch)  # the device need not wait for that
         self._begins = batch.running is not None
 
     def _is_on(self, batch: _Batch) -> None:
         """The engine works at a batch from now on; until then its requests were waiting."""
         batch.started_s = self._clock()
         batch.waits = {p.key: batch.started_s - p.work.queued_s for p in batch.places}
+
+    def _tell(self, batch: _Batch) -> None:
         self._observer.batch_started(len(batch.places), batch.beam_rows, list(batch.waits.values()))
 
     def _end(self, batch: _Batch) -> None:
@@ -426,6 +431,7 @@ class Batcher:
             self._queue_since_s = now if full else None
         if self._running:
             self._is_on(self._running[0])
+            self._tell(self._running[0])
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None
