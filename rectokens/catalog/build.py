@@ -21,7 +21,7 @@ from rectokens.schemas.catalog_trie import CatalogTrie
 # Columns of the items table that are the catalog's own.
 RESERVED_COLUMNS = ("item_id", "semantic_id", "prior")
 MAX_CODEBOOK_SIZE = 2**16
-_NO_JSON_FORM = (pl.Binary, pl.Object, pl.Decimal, pl.Duration)
+_NO_JSON_FORM = (pl.Binary, pl.Object, pl.Decimal, pl.Duration, pl.Int128, pl.UInt128)
 
 
 def build_catalog(
@@ -63,7 +63,7 @@ def build_catalog(
         raise ValueError("tokenizer_fingerprint is empty; a catalog belongs to a tokenizer")
     ids = check_item_ids(item_ids)
     ranked_by = check_prior(prior, len(ids))
-    _check_metadata(metadata, len(ids))
+    check_metadata(metadata, len(ids))
     rows = check_codes(codes, len(ids), codebook_size)
     # Before ranking: two equal ids would be a tie that nothing breaks.
     require_distinct(ItemIndex(ids))
@@ -176,7 +176,12 @@ def check_prior(
     return values
 
 
-def _check_metadata(metadata: pl.DataFrame | None, num_items: int) -> None:
+def check_metadata(metadata: pl.DataFrame | None, num_items: int) -> None:
+    """Refuse a table that items cannot have beside them.
+
+    Raises:
+        ValueError: another number of rows, no columns, a name or a type that is not allowed.
+    """
     if metadata is None:
         return
     if metadata.height != num_items:

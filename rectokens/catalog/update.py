@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rectokens.catalog.build import check_codes, check_item_ids, check_prior
+from rectokens.catalog.build import check_codes, check_item_ids, check_metadata, check_prior
 from rectokens.catalog.catalog import UNSAVED, Catalog
 from rectokens.catalog.collisions import add_rank_level, group_starts, rank_items
 from rectokens.catalog.edit_sets import carry_sets
+from rectokens.catalog.fitted_values import fitted
 from rectokens.catalog.invariants import all_leaf_codes
 from rectokens.catalog.item_index import ItemIndex
 from rectokens.catalog.merge import Merged, find_items, merge_rows
@@ -161,7 +162,7 @@ def _gather(catalog: Catalog, batches: Sequence[ItemUpserts]) -> _Rows:
         old=torch.cat([one.old for one in filled]),
         codes=torch.cat([one.codes for one in filled]),
         prior=torch.cat(priors) if priors else None,
-        metadata=pl.concat(tables) if tables else None,
+        metadata=_stacked(tables) if tables else None,
     )
 
 
@@ -232,15 +233,22 @@ def _filled_metadata(
     rows = pl.Series(old.numpy()).set(pl.Series(new.numpy()), None)
     table = own.select(pl.all().gather(rows))
     for column in [] if given is None else given.get_columns():
-        dtype = own.schema[column.name]
-        try:
-            table = table.with_columns(column.cast(dtype, strict=True))
-        except pl.exceptions.PolarsError as error:
-            raise ValueError(
-                f"metadata column {column.name!r} has type {column.dtype} and values that are not "
-                f"{dtype}, the catalog's type: {str(error).splitlines()[0]}"
-            ) from error
+        table = table.with_columns(fitted(column, own.schema[column.name]))
+    check_metadata(table, old.numel())
     return table
+
+
+def _stacked(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Tables of the same columns below one another; a column without a value takes any type."""
+    for name in tables[0].columns:
+        types = dict.fromkeys(table.schema[name] for table in tables)
+        types.pop(pl.Null(), None)
+        if len(types) > 1 and not all(one.is_numeric() for one in types):
+            raise ValueError(
+                f"metadata column {name!r} gets its first values, of types that do not go "
+                f"together: {', '.join(map(str, types))}"
+            )
+    return pl.concat(tables, how="vertical_relaxed")
 
 
 def _deleted_items(
@@ -325,7 +333,7 @@ def _merged_metadata(catalog: Catalog, rows: _Rows, merged: Merged) -> pl.DataFr
     newest = torch.arange(catalog.num_items + len(rows.item_ids))
     there = (rows.old >= 0).nonzero().squeeze(1)
     newest[rows.old[there]] = catalog.num_items + there
-    table = pl.concat([catalog.metadata, rows.metadata])
+    table = _stacked([catalog.metadata, rows.metadata])
     return table[newest[merged.source].numpy()].rechunk()
 
 
@@ -335,7 +343,7 @@ def _with_values(catalog: Catalog, rows: _Rows) -> Catalog:
     if metadata is not None and rows.metadata is not None and len(rows.item_ids):
         newest = torch.arange(catalog.num_items)
         newest[rows.old] = catalog.num_items + torch.arange(len(rows.item_ids))
-        metadata = pl.concat([metadata, rows.metadata])[newest.numpy()].rechunk()
+        metadata = _stacked([metadata, rows.metadata])[newest.numpy()].rechunk()
     return carry_sets(
         replace(catalog, version=UNSAVED, metadata=metadata),
         catalog,

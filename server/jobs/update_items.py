@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from datetime import date
+from datetime import time as time_of_day
 from typing import Any
 
 import polars as pl
@@ -182,14 +184,38 @@ def _table(group: Sequence[ItemUpsert], names: Sequence[str], catalog: Catalog) 
     columns = []
     for name in names:
         values = [(one.metadata or {})[name] for one in group]
-        try:
-            columns.append(pl.Series(name, values, dtype=schema.get(name), strict=True))
-        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        column = _column(name, values, schema.get(name))
+        if column is None or not _same(values, column.to_list()):
             # The catalog's type does not take them as they are; the update casts or refuses.
-            try:
-                columns.append(pl.Series(name, values, strict=True))
-            except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-                raise ValueError(
-                    f"metadata {name!r} has values that make no column: {error}"
-                ) from error
+            column = _column(name, values, None)
+        if column is None:
+            raise ValueError(f"metadata {name!r} has values that make no column: {values!r:.200}")
+        columns.append(column)
     return pl.DataFrame(columns)
+
+
+def _column(name: str, values: list[Any], dtype: pl.DataType | None) -> pl.Series | None:
+    try:
+        return pl.Series(name, values, dtype=dtype, strict=True)
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        return None
+
+
+def _same(given: Any, taken: Any) -> bool:
+    """Whether a value of JSON is what polars has taken it for, but for digits of a float."""
+    if given is None or taken is None or isinstance(given, bool) or isinstance(taken, bool):
+        return given is taken
+    if isinstance(given, list):
+        pairs = zip(given, taken, strict=False) if isinstance(taken, list) else ()
+        return (
+            isinstance(taken, list) and len(given) == len(taken) and all(_same(*p) for p in pairs)
+        )
+    if isinstance(given, dict):
+        return isinstance(taken, dict) and all(
+            name in taken and _same(value, taken[name]) for name, value in given.items()
+        )
+    if isinstance(taken, float):
+        return isinstance(given, (int, float))
+    if isinstance(taken, (date, time_of_day)):
+        return isinstance(given, str)
+    return type(given) is type(taken) and bool(given == taken)

@@ -165,6 +165,7 @@ def test_numpy_codes_and_columns_are_taken():
         ({"metadata": pl.DataFrame({"prior": [1, 2]})}, "metadata column is called 'prior'"),
         ({"metadata": pl.DataFrame({"x": [b"1", b"2"]})}, "type Binary, which JSON does not"),
         ({"metadata": pl.DataFrame({"x": [[b"1"], [b"2"]]})}, "JSON does not have"),
+        ({"metadata": pl.DataFrame({"x": [2**100, 1]}, {"x": pl.Int128})}, "type Int128, which"),
     ],
 )
 def test_bad_input_is_refused_by_name(changes, message: str):
