@@ -34,8 +34,8 @@ def fitted(column: pl.Series, dtype: pl.DataType) -> pl.Series:
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0]
     raise ValueError(
-        f"metadata column {column.name!r} has type {found} and values that are not {dtype}, the "
-        f"catalog's type: {reason}"
+        f"metadata column {column.name!r} has type {found!s:.100} and values that are not "
+        f"{dtype!s:.100}, the catalog's type: {reason:.200}"
     )
 
 

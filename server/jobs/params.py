@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -27,6 +29,8 @@ Note = Annotated[str, StringConstraints(min_length=1, max_length=1_000)]
 COMMAND_ROOT = "command-line"
 
 _MOST_SHOWN = 20
+# Of a value of metadata: lists and objects in one another.
+_MAX_DEPTH = 32
 
 
 class Params(BaseModel):
@@ -113,6 +117,13 @@ class ItemUpsert(Params):
     codes: list[int] | None = Field(default=None, max_length=64)
     prior: float | None = None
     metadata: dict[str, Any] | None = None
+
+    @field_validator("metadata")
+    @classmethod
+    def _can_be_kept(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, value in (metadata or {}).items():
+            _check_value(name, value)
+        return metadata
 
     @model_validator(mode="after")
     def _one_way(self) -> ItemUpsert:
@@ -259,6 +270,23 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(one, dict) for one in value):
         return [one.get("item_id", "...") for one in value]
     return value
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Refuse what no column could keep, and JSON could not say again."""
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        if any(isinstance(one, float) and not math.isfinite(one) for one in level):
+            raise ValueError(f"{name[:80]!r} has a number that is not finite")
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise ValueError(f"{name[:80]!r} is nested deeper than {_MAX_DEPTH}")
 
 
 def _explain(error: ValidationError) -> tuple[str, str | None]:

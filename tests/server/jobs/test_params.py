@@ -11,6 +11,13 @@ VERSION = "0123456789abcdef"
 SOURCE = {"root": "lake", "path": "items.parquet"}
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
 def test_every_kind_has_parameters():
     assert set(PARAMS) == set(JobKind)
 
@@ -36,6 +43,18 @@ def test_every_kind_has_parameters():
             "finite",
             "upserts.0.embedding.0",
         ),
+        (
+            "update_items",
+            {"upserts": [{"item_id": "a", "metadata": {"x": 1, "y": nested(33)}}]},
+            "'y' is nested deeper than 32",
+            "upserts.0.metadata",
+        ),
+        (
+            "update_items",
+            {"upserts": [{"item_id": "a", "metadata": {"x": [{"y": float("inf")}]}}]},
+            "'x' has a number that is not finite",
+            "upserts.0.metadata",
+        ),
         ("put_constraint_set", {"name": "x"}, "give one of item_ids and predicate", None),
         ("train_tokenizer", {"source": SOURCE, "latent_dim": 4}, "does not apply", None),
         ("train_tokenizer", {"source": SOURCE, "num_levels": 0}, "greater than", "num_levels"),
@@ -48,6 +67,12 @@ def test_refused(kind: str, params: dict[str, Any], message: str, param: str | N
     with pytest.raises(InvalidJobError, match=message) as error:
         checked_params(JobKind(kind), params)
     assert error.value.param == param
+
+
+def test_metadata_may_be_nested():
+    upserts = [{"item_id": "a", "metadata": {"x": nested(32), "y": [], "z": None}}]
+    checked = checked_params(JobKind.UPDATE_ITEMS, {"upserts": upserts})
+    assert checked.model_dump(exclude_unset=True) == {"upserts": upserts}
 
 
 def test_shown_is_short():
