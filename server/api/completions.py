@@ -24,7 +24,7 @@ from server.api.limits import build_query, check_chars, check_count, check_ids
 from server.api.recommend import SEARCH_ERRORS, timings
 from server.api.responses import JSONResponse, documented_errors
 from server.api.sse import DONE, EventStream, event
-from server.api.strict_json import StrictJsonRoute
+from server.api.strict_json import DirectJsonRoute
 from server.errors import ErrorKind, ServiceError, invalid
 from server.item_text import item_text
 from server.queries import EmbedsPrompt, RecommendQuery, TokenPrompt
@@ -35,7 +35,7 @@ from server.settings_serving import LimitSettings
 
 PATH = "/v1/completions"
 
-router = APIRouter(tags=["completions"], route_class=StrictJsonRoute)
+router = APIRouter(tags=["completions"], route_class=DirectJsonRoute)
 
 
 @router.post(

@@ -14,13 +14,13 @@ from server.api.disconnect import unless_disconnected
 from server.api.limits import to_query
 from server.api.responses import JSONResponse, documented_errors
 from server.api.schemas import RecommendRequest, RecommendResponse
-from server.api.strict_json import StrictJsonRoute
+from server.api.strict_json import DirectJsonRoute
 from server.batching.interfaces import Answer
 from server.errors import ErrorKind
 from server.queries import RecommendQuery
 from server.recommender import Recommendation
 
-router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
+router = APIRouter(tags=["recommend"], route_class=DirectJsonRoute)
 
 # What may become of a request for items.
 SEARCH_ERRORS = (

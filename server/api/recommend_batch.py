@@ -29,7 +29,7 @@ from server.api.schemas import (
     StrictResponse,
 )
 from server.api.sse import EventStream
-from server.api.strict_json import StrictJsonRoute
+from server.api.strict_json import DirectJsonRoute
 from server.errors import (
     INTERNAL_MESSAGE,
     EngineFaultError,
@@ -45,7 +45,7 @@ MEDIA_TYPE = "application/x-ndjson"
 # Over the time of the whole request, for a client to read what was answered in time.
 _LAST_LINES_S = 30.0
 
-router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
+router = APIRouter(tags=["recommend"], route_class=DirectJsonRoute)
 _log = structlog.get_logger(__name__)
 
 

@@ -15,10 +15,10 @@ from server.api.limits import to_score_query
 from server.api.recommend import SEARCH_ERRORS, timings, usage
 from server.api.responses import JSONResponse, documented_errors
 from server.api.score_schemas import ScoreRequest, ScoreResponse
-from server.api.strict_json import StrictJsonRoute
+from server.api.strict_json import DirectJsonRoute
 from server.recommender import Recommendation
 
-router = APIRouter(tags=["recommend"], route_class=StrictJsonRoute)
+router = APIRouter(tags=["recommend"], route_class=DirectJsonRoute)
 
 _UNSCORED = {"score": None, "semantic_id": None, "level_scores": None}
 

@@ -15,11 +15,11 @@ from starlette.responses import Response
 
 from server.api.handlers import install_error_handlers
 from server.api.schemas import RecommendRequest
-from server.api.strict_json import StrictJsonRoute
+from server.api.strict_json import DirectJsonRoute, StrictJsonRoute
 from server.metrics import Metrics
 
 
-class FrameworksWay(StrictJsonRoute):
+class FrameworksWay(DirectJsonRoute):
     def direct_call(self) -> None:
         return None
 
@@ -40,7 +40,7 @@ def make_app(route_class: type[StrictJsonRoute]) -> FastAPI:
 
 @pytest.fixture(scope="module")
 def apps() -> tuple[FastAPI, FastAPI]:
-    return make_app(StrictJsonRoute), make_app(FrameworksWay)
+    return make_app(DirectJsonRoute), make_app(FrameworksWay)
 
 
 async def asked(app: FastAPI, body: bytes, content_type: str | None) -> list[Any]:
@@ -122,7 +122,7 @@ def test_a_sound_body_takes_the_short_way(apps: tuple[FastAPI, FastAPI]) -> None
 
 
 def test_what_needs_more_than_a_body_is_left_to_the_framework() -> None:
-    router = APIRouter(route_class=StrictJsonRoute)
+    router = APIRouter(route_class=DirectJsonRoute)
 
     async def with_query(body: RecommendRequest, request: Request, n: int) -> Response:
         return Response()
@@ -139,7 +139,7 @@ def test_what_needs_more_than_a_body_is_left_to_the_framework() -> None:
     direct = {
         route.path: route.direct_call() is not None
         for route in router.routes
-        if isinstance(route, StrictJsonRoute)
+        if isinstance(route, DirectJsonRoute)
     }
     assert direct == {
         "/with_query": False,
