@@ -174,8 +174,11 @@ class ReleaseFollower:
             return
         if not moved and self._clock() < self._retry_at_s:
             return
+        busy = self.busy
         async with self._loading:
             try:
+                if busy and await self._call(self._source.active) != active:
+                    return  # it has moved on while something was tried; the next look follows
                 await self._switch_to(active.release)
             except Exception as error:
                 if not isinstance(error, ReleaseError):

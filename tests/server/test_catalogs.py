@@ -494,6 +494,31 @@ class TestMemory:
             assert load().engine.prefix_cache is None
 
 
+async def test_a_pointer_that_moves_on_while_it_waits_is_not_followed_to_where_it_was(
+    start_app, small_store
+):
+    running = await start(start_app, small_store)
+    follower, switched = follower_of(running), []
+    activate = running.service.activate
+
+    def told(release):
+        switched.append(release.version)
+        activate(release)
+
+    def seen():
+        return follower.status.active and follower.status.active.release
+
+    running.service.activate = told
+    small_store.add(2)
+    small_store.add(3)
+    async with follower._loading:  # as while a release is rehearsed
+        small_store.activate(2)
+        await until(lambda: seen() == small_store.releases[2])
+        small_store.activate(3)
+    await served(running, 3, small_store)
+    assert switched == [small_store.releases[3]]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(small_store):
     source = ReleaseSource(load_settings({"device": "cuda"}), small_store.store)
