@@ -178,15 +178,18 @@ class Sweeper:
 
 
 def _end_orphan(pid: int, owner: Owner) -> None:
-    """Kill the process of a job that has not noticed that its worker died."""
+    """Kill the process of a job that has not noticed that its worker died, and wait for its end."""
     try:
         process = psutil.Process(pid)
-        # Another process may have the id by now.
-        if started_s(pid) >= owner.started and "multiprocessing" in " ".join(process.cmdline()):
+        # Another process may have the id by now. One that is ending has no command line any more.
+        command = " ".join(process.cmdline())
+        if started_s(pid) < owner.started or (command and "multiprocessing" not in command):
+            return
+        if command:
             process.kill()
-            until = time.monotonic() + _END_S
-            while not process_is_gone(process.pid) and time.monotonic() < until:
-                time.sleep(0.05)
+        until = time.monotonic() + _END_S
+        while not process_is_gone(process.pid) and time.monotonic() < until:
+            time.sleep(0.05)
     except psutil.Error:
         return
 
