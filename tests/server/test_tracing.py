@@ -151,6 +151,8 @@ async def test_log_lines_name_the_trace(start_app, dummy, collector, monkeypatch
 
     config = structlog.get_config()
     configure_logging("debug")
+    # A logger that is kept would write so in later tests, too.
+    structlog.configure(cache_logger_on_first_use=False)
     try:
         running = await start_app(dummy.make_release(), tracing=True)
         await running.post({"history": ["B001"]}, headers={"X-Request-ID": "mine"})
