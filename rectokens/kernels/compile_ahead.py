@@ -12,17 +12,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from rectokens.kernels.optional_triton import triton
 
 logger = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _MAX_THREADS = 32
 _ALIGNED = 16  # bytes: Triton makes variants by whether a pointer is a multiple of this
@@ -65,7 +68,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]]) -> int:
         return 0
     threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     with (
-        ThreadPoolExecutor(threads, thread_name_prefix="compile") as executor,
+        _Telling(threads, thread_name_prefix="compile") as executor,
         _noting() as seen,
         triton.AsyncCompileMode(executor, ignore_errors=True),
     ):
@@ -86,6 +89,21 @@ def can_compile() -> bool:
     except (ImportError, RuntimeError):  # no Triton, no driver
         return False
     return True
+
+
+class _Telling(ThreadPoolExecutor):
+    """Threads whose failures are in the log; Triton passes over them."""
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(_tell)
+        return future
+
+
+def _tell(compiled: Future[Any]) -> None:
+    error = compiled.exception()
+    if error is not None:
+        logger.info("a kernel is not compiled ahead", exc_info=error)
 
 
 @contextmanager

@@ -139,16 +139,19 @@ def broken_kernel(x_ptr):
 
 
 def test_a_kernel_that_does_not_compile_is_left_to_its_launch(
-    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "rectokens.kernels.compile_ahead")
     x, weight = torch.zeros(4, 40), torch.ones(40)
 
     def call() -> None:
         beam_launch.launcher(broken_kernel, (1,))(x)
         decoder_launch.launch_add_norm(x, None, weight, 1e-6, offset=False)
 
-    compile_ahead.compile_ahead([call])
-    assert [name.rsplit(".", 1)[-1] for name in compiled] == ["add_norm_kernel"]
+    assert compile_ahead.compile_ahead([call]) == 2, caplog.text
+    assert [name.rsplit(".", 1)[-1] for name in compiled] == ["add_norm_kernel"], caplog.text
+    assert [record.message for record in caplog.records] == ["a kernel is not compiled ahead"]
+    assert "says why" in caplog.text
     with pytest.raises(triton.CompilationError, match="says why"):
         launched_anew(call, monkeypatch)
 
