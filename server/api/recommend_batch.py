@@ -163,12 +163,12 @@ async def _answer(body: RecommendRequest, service: Service) -> dict[str, Any]:
 
 
 def _failed(error: Exception, service: Service) -> dict[str, Any]:
-    if not isinstance(error, ServiceError):
-        _log.error("unexpected error", exc_info=error)
-        let_go(error)
-        error = ServiceError(ErrorKind.INTERNAL, INTERNAL_MESSAGE)
-    elif isinstance(error, EngineFaultError):
+    if isinstance(error, EngineFaultError):
         _log.error("engine fault", detail=error.detail)
+    elif not isinstance(error, ServiceError):
+        _log.error("unexpected error", exc_info=error)
     let_go(error)
+    if not isinstance(error, ServiceError):
+        error = ServiceError(ErrorKind.INTERNAL, INTERNAL_MESSAGE)
     service.metrics.rejected(error.kind)
     return {"status": error.status, **error_body(error.kind, error.message, error.param)}

@@ -115,10 +115,10 @@ def build_engine(
         )
     if device_options is None and model.device.type == "cuda":
         device_options = DeviceOptions()
+    if device_options is not None and device_options.fp8:
+        _refuse_fp8(fp8_refusal(model.device, model.dtype))
     expected = _expected(model, item_tokens)
     if device_options is not None:
-        if device_options.fp8:
-            _refuse_fp8(fp8_refusal(model.device, model.dtype))
         engine = _device_engine(model, item_tokens, pool, device_options, expected)
         if engine is not None:
             return engine

@@ -165,9 +165,9 @@ class _Run:
         try:
             begun = self._start()
         except OSError as error:
-            message = f"the job's process cannot be started ({error}); restart the job"
-            fault = JobFault(type=JobErrorKind.INTERRUPTED, message=message)
-            return self._finish(JobState.INTERRUPTED, message, error=fault)
+            return self._interrupted(
+                f"the job's process cannot be started ({error}); restart the job"
+            )
         process = begun.process
         self.child_pid = process.pid
         self._owner = self._owner.next(process.pid)
@@ -295,9 +295,10 @@ class _Run:
             how = f"signal {signal.Signals(-exit_code).name}"
             if -exit_code == signal.SIGKILL:
                 how += ", which the system sends when memory runs out"
-        message = f"the job's process died ({how}); restart the job"
-        fault = JobFault(type=JobErrorKind.INTERRUPTED, message=message)
-        return self._finish(JobState.INTERRUPTED, message, error=fault)
+        return self._interrupted(f"the job's process died ({how}); restart the job")
+
+    def _interrupted(self, message: str) -> Job:
+        return self._insist(lambda: self._ledger.interrupt(self._job, message))
 
     def _fail(self, fault: JobFault) -> Job:
         return self._finish(JobState.FAILED, fault.message, error=fault)

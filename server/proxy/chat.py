@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
 from server.api.sse import event
 from server.errors import ErrorKind, ServiceError
+from server.proxy.bodies import written
 
 
 def to_chat(completion: Any) -> bytes:
@@ -24,7 +23,7 @@ def to_chat(completion: Any) -> bytes:
         }
         for choice in _choices(completion)
     ]
-    return _written({**_head(completion, "chat.completion"), "choices": choices})
+    return _answer({**_head(completion, "chat.completion"), "choices": choices})
 
 
 class ChatStream:
@@ -52,7 +51,7 @@ class ChatStream:
                     "logprobs": _logprobs(choice.get("logprobs")),
                 }
             )
-        return event(_written({**_head(chunk, "chat.completion.chunk"), "choices": choices}))
+        return event(_answer({**_head(chunk, "chat.completion.chunk"), "choices": choices}))
 
 
 def _choices(completion: Any) -> list[dict[str, Any]]:
@@ -66,14 +65,8 @@ def _is_choice(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("index"), int | None)
 
 
-def _written(answer: dict[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(answer)
-    except orjson.JSONEncodeError as error:
-        # What orjson reads it writes, but for depths that it only reads.
-        raise ServiceError(
-            ErrorKind.UPSTREAM_FAILED, "the upstream's answer is nested too deeply"
-        ) from error
+def _answer(body: dict[str, Any]) -> bytes:
+    return written(body, ErrorKind.UPSTREAM_FAILED, "the upstream's answer is")
 
 
 def _head(completion: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import httpx
-import orjson
 
 from server.api.sse import DONE, event
 from server.errors import ErrorKind, ServiceError, error_body
+from server.proxy.bodies import parsed
 from server.proxy.upstream import mapped_failures
 
 _EVENT = "an event of the upstream"
@@ -91,15 +91,3 @@ def event_data(raw: bytes) -> bytes | None:
     """The data of an event, None for one without (a comment that keeps a connection alive)."""
     lines = [line[5:].removeprefix(b" ") for line in raw.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines).strip() if lines else None
-
-
-def parsed(data: bytes, what: str) -> Any:
-    """JSON of the upstream.
-
-    Raises:
-        ServiceError: it is none; the message says of what.
-    """
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise ServiceError(ErrorKind.UPSTREAM_FAILED, f"{what} is not JSON") from error

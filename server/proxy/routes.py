@@ -18,8 +18,9 @@ from server.api.responses import JSONResponse, documented_errors
 from server.api.sse import EventStream
 from server.api.strict_json import StrictJsonRoute
 from server.errors import ErrorKind, ServiceError
+from server.proxy.bodies import parsed
 from server.proxy.chat import ChatStream, to_chat
-from server.proxy.events import Convert, parsed, relay
+from server.proxy.events import Convert, relay
 from server.proxy.requests import ProxyRequest, read_chat, read_completion
 from server.proxy.service import Proxy
 from server.proxy.upstream import Answer

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-import orjson
 import structlog
 
 from server.errors import ErrorKind, ServiceError, invalid
 from server.proxy.ahead import AheadEncoder
+from server.proxy.bodies import written
 from server.proxy.embedding_table import open_embedding_table
 from server.proxy.encoder import EmbedsEncoder, EncodedPrompt
 from server.proxy.errors import ProxyError
@@ -138,13 +138,7 @@ class Proxy:
         elif request.prompt is not None:
             data = self._encode(parts.encoder, *_token_ids(parts.prompts, request.prompt))
             body["prompt_embeds"] = data if request.prompt.as_list else data[0]
-        try:
-            return orjson.dumps(body)
-        except orjson.JSONEncodeError as error:
-            # What it reads it writes, but for depths that only it can read.
-            raise ServiceError(
-                ErrorKind.MALFORMED_JSON, "body is not JSON: it is nested too deeply"
-            ) from error
+        return written(body, ErrorKind.MALFORMED_JSON, "body is not JSON: it is")
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, then wait for those in flight.

@@ -17,6 +17,7 @@ from server.api.handlers import install_error_handlers
 from server.api.schemas import RecommendRequest
 from server.api.strict_json import DirectJsonRoute, StrictJsonRoute
 from server.metrics import Metrics
+from tests.server.asgi import http_scope
 
 
 class FrameworksWay(DirectJsonRoute):
@@ -58,21 +59,7 @@ async def asked(app: FastAPI, body: bytes, content_type: str | None) -> list[Any
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/echo",
-        "raw_path": b"/echo",
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-        "headers": headers,
-        "client": ("127.0.0.1", 1),
-        "server": ("test", 80),
-    }
-    await app(scope, receive, send)
+    await app(http_scope("/echo", headers), receive, send)
     return sent
 
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from server.api.recommend_batch import RecommendBatchLine
+from tests.server.asgi import http_scope
 from tests.waiting import LIMIT_S, until
 
 URL = "/v1/recommend/batch"
@@ -178,18 +179,7 @@ class Connection:
         self.gone = asyncio.Event()
         self._body = json.dumps(body).encode()
         self._sent = False
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": URL,
-            "raw_path": URL.encode(),
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-            "http_version": "1.1",
-            "scheme": "http",
-            "server": ("test", 80),
-            "client": ("test", 1),
-        }
+        scope = http_scope(URL, [(b"content-type", b"application/json")])
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 
     async def _receive(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.server.api.answers import assert_error, begun, ids, metric_is
+from tests.server.asgi import http_scope
 from tests.waiting import LIMIT_S
 
 
@@ -91,20 +92,8 @@ async def test_a_request_keeps_the_release_it_was_admitted_under(running, engine
 async def call_asgi(app, messages, scope_headers=()):
     """Drive the app with hand-made messages; returns what it sent."""
     sent = []
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/v1/recommend",
-        "raw_path": b"/v1/recommend",
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-        "headers": [(b"content-type", b"application/json"), *scope_headers],
-        "client": ("127.0.0.1", 1),
-        "server": ("test", 80),
-    }
+    headers = [(b"content-type", b"application/json"), *scope_headers]
+    scope = http_scope("/v1/recommend", headers)
 
     async def send(message):
         sent.append(message)

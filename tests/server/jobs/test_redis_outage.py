@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server.jobs.backend import BackendError, open_backend
+from tests.waiting import until
 
 KEY = "a-key-of-the-tests"
 ITEMS = {"deletes": ["1-0"], "activate": True}
@@ -77,28 +77,25 @@ async def test_requests_go_on_and_jobs_wait_for_it(
     with log.open("wb") as file:
         worker = subprocess.Popen(command, stderr=file)
 
-    async def eventually(condition: Callable[[], Awaitable[Any]]) -> Any:
-        ends = time.monotonic() + 120
-        while not (found := await condition()):
-            assert worker.poll() is None, log.read_text()
-            assert time.monotonic() < ends, log.read_text()
-            await asyncio.sleep(0.05)
-        return found
+    def alive() -> bool:
+        assert worker.poll() is None, log.read_text()
+        return True
 
-    async def ready() -> bool:
-        return "worker ready" in log.read_text()
+    def ready() -> bool:
+        return alive() and "worker ready" in log.read_text()
 
     async def ended(job_id: str) -> Any:
         async def job() -> Any:
+            alive()
             response = await running.client.get(f"/admin/jobs/{job_id}")
             known = response.status_code == 200
             return response.json() if known and response.json()["finished_at"] else None
 
-        return await eventually(job)
+        return await until(job, log.read_text)
 
     try:
         # One that found no database when it began would have ended, and rightly.
-        await eventually(ready)
+        await until(ready, log.read_text)
         redis.kill()
         for response in (
             await running.client.get("/admin/jobs"),

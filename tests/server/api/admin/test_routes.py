@@ -6,6 +6,7 @@ import asyncio
 import json
 
 from server.jobs.types import JobState
+from tests.server.asgi import http_scope
 from tests.waiting import LIMIT_S, until
 
 
@@ -260,19 +261,8 @@ async def watch_until(admin, job, leave):
     """Events of a job as a client sees them that leaves at some moment."""
     sent = []
     leaves = asyncio.Event()
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-        "scheme": "http",
-        "path": f"/admin/jobs/{job['id']}/events",
-        "raw_path": b"",
-        "query_string": b"",
-        "headers": [(b"authorization", b"Bearer a-key-of-the-tests")],
-        "client": ("127.0.0.1", 1),
-        "server": ("test", 80),
-    }
+    headers = [(b"authorization", b"Bearer a-key-of-the-tests")]
+    scope = http_scope(f"/admin/jobs/{job['id']}/events", headers, "GET")
     asked = []
 
     async def receive():
