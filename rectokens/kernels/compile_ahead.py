@@ -68,7 +68,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]]) -> int:
         return 0
     threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     with (
-        _Telling(threads, thread_name_prefix="compile") as executor,
+        _Compilers(threads, thread_name_prefix="compile") as executor,
         _noting() as seen,
         triton.AsyncCompileMode(executor, ignore_errors=True),
     ):
@@ -91,19 +91,35 @@ def can_compile() -> bool:
     return True
 
 
-class _Telling(ThreadPoolExecutor):
-    """Threads whose failures are in the log; Triton passes over them."""
+class _Compilers(ThreadPoolExecutor):
+    """Threads whose compilations are repeated by who asks for them, if they failed."""
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(_tell)
-        return future
+        compilation = _Compilation(partial(fn, *args, **kwargs))
+        super().submit(compilation.run)
+        return compilation
 
 
-def _tell(compiled: Future[Any]) -> None:
-    error = compiled.exception()
-    if error is not None:
-        logger.info("a kernel is not compiled ahead", exc_info=error)
+class _Compilation(Future[_T]):
+    """The kernel, compiled ahead or, where that failed, at last.
+
+    Triton keeps this for every launch of the variant. What has failed for a reason that passes, as
+    of a machine without memory, must not fail for as long as the process lives.
+    """
+
+    def __init__(self, compiler: Callable[[], _T]) -> None:
+        super().__init__()
+        self._compiler = compiler
+
+    def run(self) -> None:
+        try:
+            self.set_result(self._compiler())
+        except BaseException as error:  # the future must end, however its compiler did
+            logger.info("a kernel is not compiled ahead", exc_info=True)
+            self.set_exception(error)
+
+    def result(self, timeout: float | None = None) -> _T:
+        return super().result() if self.exception(timeout) is None else self._compiler()
 
 
 @contextmanager

@@ -6,7 +6,10 @@ raises ImportError.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 __all__ = ["gl", "gluon", "hopper", "tl", "triton"]
@@ -33,9 +36,29 @@ class _MissingTriton:
         )
 
 
+def _parse_alone(jit_function: Any) -> None:
+    """Let one thread at a time parse sources of kernels.
+
+    Before Python 3.12 a collection of garbage within ``ast.parse`` can let other threads run, and
+    two that parse then stumble over a depth that they share ("AST constructor recursion depth
+    mismatch"). Triton would not get over it: what identifies the kernel stays half made.
+    """
+    parse, alone = jit_function.parse, threading.RLock()
+
+    @wraps(parse)
+    def parse_alone(self: Any) -> Any:
+        with alone:
+            return parse(self)
+
+    jit_function.parse = parse_alone
+
+
 try:
     import triton
     import triton.language as tl
+
+    if sys.version_info < (3, 12):
+        _parse_alone(triton.JITFunction)
 except ImportError:
     triton = tl = _MissingTriton()
 try:
