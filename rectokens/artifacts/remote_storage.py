@@ -3,6 +3,7 @@
 Object stores rename by copying and have no locks, so nothing here rests on either: an artifact is
 there once its manifest is, which is written last; an activation is an object of its own, named by
 its number and written only if there is none of that name, so of two processes exactly one is first.
+What cannot be read is never taken for what is not there: the request fails with the driver's error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = "activations"
 _DIGITS = 12
+_PROBE = "probe-"
+# Of a record whose answer is shorter than the object, while that may be on its way.
+_READS = 3
 
 
 class RemoteStorage:
@@ -60,7 +64,7 @@ class RemoteStorage:
     def versions(self, kind: ArtifactKind) -> list[str]:
         """See ``Storage.versions``."""
         names = [name for name in self._list(kind_folder(kind)) if is_version(name)]
-        return sorted(n for n in names if self._fs.exists(self._path(kind, n, MANIFEST_NAME)))
+        return sorted(name for name in names if self._is_there(kind, name))
 
     def manifest(self, kind: ArtifactKind, version: str) -> Manifest:
         """See ``Storage.manifest``."""
@@ -73,7 +77,7 @@ class RemoteStorage:
     def fetch(self, kind: ArtifactKind, version: str) -> Path:
         """See ``Storage.fetch``: downloads to the cache what is not there, or there damaged."""
         target = self.local.path(kind, version)
-        if not self._fs.exists(self._path(kind, version, MANIFEST_NAME)):
+        if not self._is_there(kind, version):
             raise ArtifactError(f"{self._describe(kind, version)} does not exist")
         if target.exists():
             try:
@@ -113,8 +117,8 @@ class RemoteStorage:
         manifest = open_artifact(folder, kind)
         if manifest.version != version:
             raise ArtifactError(f"{folder} holds {kind} version {manifest.version}")
-        marker = self._path(kind, version, MANIFEST_NAME)
-        if self._fs.exists(marker):
+        with suppress(ArtifactError):  # not there; or cut off, by a file system that can do that
+            self.manifest(kind, version)
             return
         self._fs.makedirs(self._path(kind, version), exist_ok=True)
         for name, entry in manifest.files.items():
@@ -123,41 +127,40 @@ class RemoteStorage:
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._fs.put_file(str(folder / name), target)
             self._require_size(target, entry.size)
+        marker = self._path(kind, version, MANIFEST_NAME)
         self._fs.pipe_file(marker, (folder / MANIFEST_NAME).read_bytes())
 
     def remove(self, kind: ArtifactKind, version: str) -> None:
         """See ``Storage.remove``: the manifest first, then the rest; the cached copy too."""
-        folder = self._path(kind, version)
-        marker = self._path(kind, version, MANIFEST_NAME)
-        if self._fs.exists(marker):
-            self._fs.rm_file(marker)
-        if self._fs.exists(folder):
-            self._fs.rm(folder, recursive=True)
+        if self._is_there(kind, version):
+            self._fs.rm_file(self._path(kind, version, MANIFEST_NAME))
+        with suppress(FileNotFoundError):
+            self._fs.rm(self._path(kind, version), recursive=True)
         self._discard(self.local.path(kind, version))
 
     def clean(self, older_than_s: float) -> list[str]:
         """See ``Storage.clean``; also drops cached versions that the store has no more."""
         removed = []
         for kind in ARTIFACT_KINDS:
-            whole = set(self.versions(kind))
-            for name in self._list(kind_folder(kind)):
-                if is_version(name) and name not in whole:
+            for name in filter(is_version, self._list(kind_folder(kind))):
+                if self._is_left(kind, name, older_than_s):
                     folder = self._path(kind, name)
-                    if self._age_s(folder) >= older_than_s:
-                        self._fs.rm(folder, recursive=True)
-                        removed.append(folder)
+                    self._fs.rm(folder, recursive=True)
+                    removed.append(folder)
             cached = self.local.folder(kind)
             for name in self.local.versions(kind):
                 # A version in the making lies here before it is in the store.
                 age_s = datetime.now(UTC).timestamp() - (cached / name).stat().st_mtime
-                if name not in whole and age_s >= older_than_s:
+                if age_s >= older_than_s and not self._is_there(kind, name):
                     self._discard(cached / name)
                     removed.append(str(cached / name))
             removed += map(str, remove_partials(cached, older_than_s=older_than_s))
-        for number in self._numbers():
-            # Half written, on a file system that is no object store: it would block its number.
-            path = self._record_path(number)
-            if self._record(number) is None and self._age_s(path) >= older_than_s:
+        # Half written, on a file system that is no object store: it would block its number.
+        doomed = [self._record_path(n) for n in self._numbers() if self._record(n) is None]
+        probes = [name for name in self._list(ACTIVATIONS) if name.startswith(_PROBE)]
+        doomed += [f"{self._prefix}/{ACTIVATIONS}/{name}" for name in probes]
+        for path in doomed:
+            if self._age_s(path) >= older_than_s:
                 self._fs.rm_file(path)
                 removed.append(path)
         return removed
@@ -180,7 +183,19 @@ class RemoteStorage:
         self._require_exclusive_create()
         if any(number >= activation.sequence for number in self._numbers()):
             return False
-        return self._create(self._record_path(activation.sequence), to_line(activation))
+        path, line = self._record_path(activation.sequence), to_line(activation)
+        try:
+            if self._create(path, line):
+                return True
+        except Exception:
+            # Its answer may have been lost, and it is there: whoever is told otherwise, and tries
+            # again, rolls back twice.
+            with suppress(Exception):
+                if self._fs.cat_file(path) == line:
+                    return True
+            raise
+        # The name may be taken by what a driver sent before it asked again by itself.
+        return bool(self._fs.cat_file(path) == line)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -212,7 +227,7 @@ class RemoteStorage:
 
     def _download_manifest(self, kind: ArtifactKind, version: str, folder: Path) -> Manifest:
         path = self._path(kind, version, MANIFEST_NAME)
-        if not self._fs.exists(path):
+        if not self._is_there(kind, version):
             raise ArtifactError(f"{self._describe(kind, version)} does not exist")
         if self._fs.info(path)["size"] > MAX_JSON_BYTES:
             raise ArtifactError(f"{path} is larger than the {MAX_JSON_BYTES} bytes allowed")
@@ -244,14 +259,38 @@ class RemoteStorage:
             return
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _age_s(self, folder: str) -> float:
-        """Seconds since anything below was written; 0 where the file system does not say."""
+    def _is_there(self, kind: ArtifactKind, version: str) -> bool:
+        # Not `exists`: of most file systems it is False where a request fails for any reason.
+        self._fs.invalidate_cache()
         try:
-            times = [self._fs.modified(path) for path in self._fs.find(folder)]
+            self._fs.info(self._path(kind, version, MANIFEST_NAME))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _is_left(self, kind: ArtifactKind, version: str, older_than_s: float) -> bool:
+        """Whether a folder is what a killed writer left.
+
+        Asked twice, for its manifest and for all of it: one wrong answer must not cost a version.
+        """
+        if self._is_there(kind, version):
+            return False
+        folder = self._path(kind, version)
+        found = [str(path) for path in self._fs.find(folder)]
+        if any(path.endswith(f"/{version}/{MANIFEST_NAME}") for path in found):
+            return False
+        return self._age_s(folder) >= older_than_s
+
+    def _age_s(self, path: str) -> float:
+        """Seconds since a file, or anything below a folder, was written; 0 where nobody says."""
+        try:
+            times = [self._fs.modified(one) for one in self._fs.find(path)]
+            if not times and not self._fs.ls(path):
+                return float("inf")  # a folder with nothing in it
         except (NotImplementedError, FileNotFoundError):
             return 0.0
         newest = max((t if t.tzinfo else t.replace(tzinfo=UTC) for t in times), default=None)
-        return float("inf") if newest is None else (datetime.now(UTC) - newest).total_seconds()
+        return 0.0 if newest is None else (datetime.now(UTC) - newest).total_seconds()
 
     def _numbers(self) -> list[int]:
         names = (n.removesuffix(".json") for n in self._list(ACTIVATIONS) if n.endswith(".json"))
@@ -261,13 +300,27 @@ class RemoteStorage:
         return f"{self._prefix}/{ACTIVATIONS}/{number:0{_DIGITS}d}.json"
 
     def _record(self, number: int) -> Activation | None:
-        """A record; None for one whose writer was cut off (where writing is not atomic)."""
+        """A record; None for one whose writer was cut off (where writing is not atomic).
+
+        Raises:
+            ArtifactError: it is there and cannot be read just now.
+        """
         path = self._record_path(number)
-        try:
-            record = from_line(self._fs.cat_file(path), path)
-        except (ArtifactError, FileNotFoundError):
-            return None
-        return record if record.sequence == number else None
+        for _ in range(_READS):
+            try:
+                data = self._fs.cat_file(path)
+                try:
+                    record = from_line(data, path)
+                except ArtifactError:
+                    if self._fs.info(path)["size"] == len(data):
+                        return None
+                    continue  # the answer was cut short, or it is being written
+            except FileNotFoundError as error:
+                if number in self._numbers():
+                    raise ArtifactError(f"{path} is listed, but cannot be read") from error
+                return None  # cleaned away meanwhile
+            return record if record.sequence == number else None
+        raise ArtifactError(f"{path} is read short again and again")
 
     def _create(self, path: str, data: bytes) -> bool:
         try:
@@ -282,13 +335,13 @@ class RemoteStorage:
         """Find out once whether the file system keeps a second writer from a name."""
         if self._creates_exclusively:
             return
-        probe = f"{self._prefix}/{ACTIVATIONS}/probe-{secrets.token_hex(8)}"
+        probe = f"{self._prefix}/{ACTIVATIONS}/{_PROBE}{secrets.token_hex(8)}"
         try:
             works = self._create(probe, b"1") and not self._create(probe, b"2")
         except (TypeError, NotImplementedError, ValueError) as error:
             raise ArtifactError(_no_exclusive_create(self._fs)) from error
         finally:
-            if self._fs.exists(probe):
+            with suppress(FileNotFoundError):
                 self._fs.rm_file(probe)
         if not works:
             raise ArtifactError(_no_exclusive_create(self._fs))

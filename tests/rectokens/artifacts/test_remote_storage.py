@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -156,6 +158,125 @@ def test_the_cache_follows_the_store(storage, version, memory, prefix, tmp_path)
     storage.remove("tokenizer", version)
     assert elsewhere.clean(3600.0) == []
     assert elsewhere.clean(0.0) == [str(folder)]
+
+
+@pytest.fixture
+def fail(monkeypatch) -> Callable[..., None]:
+    """``fail("info", "manifest.json", error)``: requests for such paths get the error."""
+
+    def fail(method: str, ending: str, error: Exception, times: int = 1) -> None:
+        real = getattr(MemoryFileSystem, method)
+        left = [times]
+
+        def failing(self, path, *args, **kwargs):
+            if str(path).endswith(ending) and left[0]:
+                left[0] -= 1
+                raise error
+            return real(self, path, *args, **kwargs)
+
+        monkeypatch.setattr(MemoryFileSystem, method, failing)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), FileNotFoundError("not now")])
+@pytest.mark.parametrize(
+    ("method", "ending"),
+    [("info", "manifest.json"), ("ls", "/tokenizers"), ("ls", "VERSION"), ("find", "VERSION")],
+)
+def test_one_wrong_answer_costs_no_version(
+    storage, version, memory, prefix, fail, method, ending, error
+):
+    storage.commit(next_activation(None, A, None))
+    fail(method, ending.replace("VERSION", version), error)
+    with suppress(OSError):
+        storage.clean(0.0)
+    assert memory.exists(f"{prefix}/tokenizers/{version}/manifest.json")
+    assert storage.versions("tokenizer") == [version]
+    assert storage.local.versions("tokenizer") == [version]
+    assert storage.fetch("tokenizer", version).is_dir()
+
+
+@pytest.mark.parametrize("call", ["versions", "fetch", "manifest", "publish", "remove"])
+def test_what_cannot_be_read_is_not_missing(storage, version, memory, prefix, fail, call):
+    fail("info", f"{version}/manifest.json", ConnectionError("gone"))
+    arguments = ("tokenizer",) if call == "versions" else ("tokenizer", version)
+    with pytest.raises(ConnectionError):
+        getattr(storage, call)(*arguments)
+    assert storage.versions("tokenizer") == [version]
+    assert memory.exists(f"{prefix}/tokenizers/{version}/top")
+
+
+def test_a_listed_record_that_cannot_be_read_does_not_bring_back_the_one_before(
+    storage, memory, prefix, fail, monkeypatch
+):
+    first = next_activation(None, A, None)
+    second = next_activation(first, B, None)
+    assert storage.commit(first)
+    assert storage.commit(second)
+    latest = f"{prefix}/activations/{2:012d}.json"
+    fail("cat_file", f"{2:012d}.json", FileNotFoundError("not now"))
+    with pytest.raises(ArtifactError, match=f"{2:012d}.json is listed, but cannot be read"):
+        storage.current()
+    assert storage.current() == second
+
+    fail("cat_file", f"{2:012d}.json", FileNotFoundError("not now"))
+    with suppress(ArtifactError):
+        storage.clean(0.0)
+    assert memory.exists(latest)
+
+    whole = MemoryFileSystem.cat_file
+    left = [1]
+
+    def cut(self, path, *args, **kwargs):
+        data = whole(self, path, *args, **kwargs)
+        if path == latest and left[0]:
+            left[0] -= 1
+            return data[:-9]
+        return data
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cut)
+    assert storage.clean(0.0) == []
+    left[0] = 1
+    assert storage.current() == second
+
+
+def test_a_commit_whose_answer_is_lost_has_been_made(storage, memory, monkeypatch):
+    real = MemoryFileSystem.pipe_file
+    # The second as of a driver that asked again by itself.
+    errors = [ConnectionError("gone"), FileExistsError("there")]
+
+    def lost(self, path, *args, **kwargs):
+        real(self, path, *args, **kwargs)
+        if path.endswith(".json"):
+            raise errors.pop(0)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lost)
+    record = None
+    while errors:
+        record = next_activation(record, A, None)
+        assert storage.commit(record)
+        assert storage.current() == record
+    monkeypatch.undo()
+    assert not storage.commit(next_activation(None, B, None))
+
+
+def test_a_manifest_that_was_cut_off_is_written_again(storage, version, memory, prefix):
+    path = f"{prefix}/tokenizers/{version}/manifest.json"
+    memory.pipe_file(path, memory.cat_file(path)[:9])
+    with pytest.raises(ArtifactError):
+        storage.manifest("tokenizer", version)
+    storage.publish("tokenizer", version)
+    assert storage.manifest("tokenizer", version).version == version
+
+
+def test_a_probe_of_a_killed_process_is_cleaned(storage, memory, prefix):
+    record = next_activation(None, A, None)
+    storage.commit(record)
+    memory.pipe_file(f"{prefix}/activations/probe-0123456789abcdef", b"1")
+    assert storage.clean(3600.0) == []
+    assert storage.clean(0.0) == [f"{prefix}/activations/probe-0123456789abcdef"]
+    assert storage.history() == [record]
 
 
 def test_exactly_one_is_first(storage, memory, prefix, tmp_path):
