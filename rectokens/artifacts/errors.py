@@ -1,4 +1,4 @@
-"""The one error of artifacts on disk."""
+"""The error of artifacts on disk."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class ArtifactError(ValueError):
     The message names the file, the value found and the value allowed, and stands on its own:
     start-up prints it as it is.
     """
+
+
+class UnreadableError(ArtifactError):
+    """It is there, but the disk does not give it just now: nobody knows what it says."""

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 
 # Far above any honest file of ours, far below what would hurt to read.
 MAX_JSON_BYTES = 16 * 1024 * 1024
@@ -41,12 +41,14 @@ def read_json(path: Path, *, finite: bool = True) -> JsonObject:
 
     Raises:
         ArtifactError: missing, too large, not UTF-8, not JSON, or not an object.
+        UnreadableError: there, but the disk does not give it.
     """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+        kind = ArtifactError if isinstance(error, FileNotFoundError) else UnreadableError
+        raise kind(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_JSON_BYTES:
         raise ArtifactError(f"{path} is larger than the {MAX_JSON_BYTES} bytes allowed")
     return parse_json(data, str(path), finite=finite)

@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from rectokens.artifacts.activation import Activation, next_activation, next_rollback
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.manifest import (
     ARTIFACT_KINDS,
     ArtifactKind,
@@ -267,13 +267,14 @@ class ReleaseStore:
             What was removed.
 
         Raises:
-            ArtifactError: the active or the previous release cannot be read, so nobody knows what
-                it needs. Nothing was removed.
+            ArtifactError: the active or the previous release is damaged, or another version cannot
+                be read just now, so nobody knows what it needs. Nothing was removed.
+            OSError: the same, of a request to the store.
         """
         removed = []
         with self._storage.exclusive():
             current = self._storage.current()
-            versions = self._survey()
+            versions = self._survey(all_readable=True)
             for one in versions:
                 if one.kind == "release" and one.state == "damaged":
                     protected = (current.release, current.previous) if current else ()
@@ -348,8 +349,12 @@ class ReleaseStore:
             if part is not None:
                 self._storage.manifest(kind, part)
 
-    def _survey(self) -> list[StoredVersion]:
-        """Every version of every kind, with its state."""
+    def _survey(self, *, all_readable: bool = False) -> list[StoredVersion]:
+        """Every version of every kind, with its state.
+
+        Raises:
+            UnreadableError: with ``all_readable``, a version that else counts as damaged.
+        """
         current = self._storage.current()
         states: dict[tuple[str, str], VersionState] = {}
         if current is not None:
@@ -361,7 +366,7 @@ class ReleaseStore:
         for kind in sorted(ARTIFACT_KINDS, key=lambda one: one != "release"):
             for version in self._storage.versions(kind):
                 state = states.get((kind, version), "available")
-                one = self._describe(kind, version, state)
+                one = self._describe(kind, version, state, all_readable)
                 found.append(one)
                 for part, of_part in one.parts.items():
                     if state == "active" or (
@@ -370,10 +375,14 @@ class ReleaseStore:
                         states[(part, of_part)] = state
         return found
 
-    def _describe(self, kind: ArtifactKind, version: str, state: VersionState) -> StoredVersion:
+    def _describe(
+        self, kind: ArtifactKind, version: str, state: VersionState, readable: bool
+    ) -> StoredVersion:
         try:
             return stored_version(self._storage.manifest(kind, version), kind, state)
         except ArtifactError as error:
+            if readable and isinstance(error, UnreadableError):
+                raise
             return StoredVersion(
                 kind=kind,
                 version=version,

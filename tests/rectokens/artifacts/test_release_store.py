@@ -217,6 +217,41 @@ def test_damage_in_a_folder_is_refused_by_name(tmp_path, model_folder, spec, dam
     assert store.activate(versions[1]).release == versions[1]
 
 
+def test_a_release_that_cannot_be_read_just_now_keeps_its_parts(
+    store, add_release, model_folder, monkeypatch
+):
+    releases = [add_release(seed) for seed in range(3)]
+    for release in releases:
+        store.activate(release)
+    later = datetime.now(UTC) + timedelta(days=30)
+    policy = RetentionPolicy(keep_last=0)
+    path = f"releases/{releases[0]}/manifest.json"
+    if isinstance(store._storage, LocalStorage):
+        manifest = store.local.root / path
+        manifest.rename(manifest.with_name("aside"))
+        manifest.mkdir()  # what opening then says is an error of the disk's kind
+    else:
+        real = type(store._storage._fs).info
+
+        def failing(self, asked, **kwargs):
+            if str(asked).endswith(path):
+                raise ConnectionError("gone")
+            return real(self, asked, **kwargs)
+
+        monkeypatch.setattr(type(store._storage._fs), "info", failing)
+    with pytest.raises((ArtifactError, OSError), match=r"manifest\.json cannot be read|gone"):
+        store.apply_retention(policy, now=later)
+    if isinstance(store._storage, LocalStorage):
+        assert states(store, "release")[releases[0]] == "damaged"
+        manifest.rmdir()
+        manifest.with_name("aside").rename(manifest)
+    monkeypatch.undo()
+    assert len(store.versions("catalog")) == 3
+    store.verify(releases[0])
+    removed = store.apply_retention(policy, now=later)
+    assert [one.kind for one in removed] == ["release", "catalog"]
+
+
 def test_a_damaged_release_that_is_needed_stops_retention(store, add_release):
     if not isinstance(store._storage, LocalStorage):
         pytest.skip("damage is done to a folder")
