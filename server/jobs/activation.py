@@ -23,8 +23,8 @@ def activate(
     """Make a release active, or a catalog with a model.
 
     Returns:
-        ``release``, ``model``, ``catalog``, ``sequence`` of the activation; ``gate``, its report;
-        ``servers``, which of them serve the release by now.
+        ``release``, ``model``, ``catalog`` (None should the store fail just then), ``sequence`` of
+        the activation; ``gate``, its report; ``servers``, which of them serve the release by now.
 
     Raises:
         JobFailure: the gate blocks it, or another release is active than expected.
@@ -108,13 +108,29 @@ def activate_release(
     return _outcome(record, environment, reporter, report)
 
 
-def forget_old_versions(environment: JobEnvironment, reporter: JobReporter) -> list[str]:
-    """Remove catalogs and releases that the policy lets go, and tell which."""
-    removed = environment.store.apply_retention(environment.retention, kinds=("release", "catalog"))
-    names = [f"{one.kind} {one.version}" for one in removed]
-    if names:
-        reporter.log(f"removed {', '.join(names)}")
-    return names
+def forget_old_versions(environment: JobEnvironment, reporter: JobReporter) -> dict[str, Any]:
+    """Remove catalogs and releases that the policy lets go, and what killed writers left.
+
+    What a job was asked for is done by then, so nothing here makes it fail: the next job tries
+    again.
+
+    Returns:
+        ``removed``, the versions; ``not_removed``, why not, where that failed.
+    """
+    store = environment.store
+    outcome: dict[str, Any] = {"removed": []}
+    try:
+        removed = store.apply_retention(environment.retention, kinds=("release", "catalog"))
+        outcome["removed"] = [f"{one.kind} {one.version}" for one in removed]
+        if removed:
+            reporter.log(f"removed {', '.join(outcome['removed'])}")
+        leftovers = store.clean()
+        if leftovers:
+            reporter.log(f"removed what was left unfinished: {', '.join(leftovers)}")
+    except Exception as error:
+        outcome["not_removed"] = f"{type(error).__name__}: {error}"
+        reporter.log(f"old versions stay until the next job: {outcome['not_removed']}")
+    return outcome
 
 
 def _pass_gate(
@@ -146,10 +162,14 @@ def _outcome(
     reporter: JobReporter,
     report: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    opened = environment.store.open_release(record.release)
-    servers = None
+    # It is active by now, whoever has seen it: nothing here may make the job fail.
+    model = catalog = servers = None
+    try:
+        opened = environment.store.open_release(record.release)
+        model, catalog = opened.model_version, opened.catalog_version
+    except Exception as error:
+        reporter.log(f"cannot tell what it is made of: {type(error).__name__}: {error}")
     if environment.follow is not None:
-        # It is active by now, whoever has seen it: nothing here may make the job fail.
         try:
             reporter.progress(0.95, "waiting for the serving processes to follow")
             servers = environment.follow(record.release, reporter)
@@ -159,8 +179,8 @@ def _outcome(
             reporter.log(f"cannot tell which processes serve it: {type(error).__name__}: {error}")
     return {
         "release": record.release,
-        "model": opened.model_version,
-        "catalog": opened.catalog_version,
+        "model": model,
+        "catalog": catalog,
         "sequence": record.sequence,
         "gate": report,
         "servers": servers,

@@ -47,7 +47,8 @@ def publish_catalog(
         ``catalog``, ``items``, ``leaves``, ``tokenizer``; ``release`` and ``model``, or
         ``not_released`` with the reason; ``activated``, and as of an activation
         ``sequence``, ``gate`` and ``servers``; ``removed``,
-        old versions that were let go; ``seconds``.
+        old versions that were let go, and ``not_removed`` where that failed, with the reason;
+        ``seconds``.
 
     Raises:
         JobFailure: it was to be activated and cannot be.
@@ -79,7 +80,7 @@ def publish_catalog(
             outcome = activate_release(release, params, environment, reporter, expected=expected)
         told = {name: outcome[name] for name in ("sequence", "gate", "servers")}
         result |= {"activated": True, **told}
-    result["removed"] = forget_old_versions(environment, reporter)
+    result |= forget_old_versions(environment, reporter)
     result["seconds"] = {
         "save": round(saved_s, 3),
         "release": round(time.perf_counter() - started - saved_s, 3),

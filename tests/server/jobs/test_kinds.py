@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -353,6 +355,62 @@ def test_old_versions_are_let_go(workplace):
     assert [one.version for one in store.versions("tokenizer")] == [workplace.tokenizer]
     store.rollback()
     assert active_catalog(environment).num_items == 197
+
+
+def test_old_versions_that_cannot_be_removed_do_not_undo_an_activation(workplace, monkeypatch):
+    environment = workplace.environment(retention=RetentionPolicy(0, 0.0))
+    store = environment.store
+    for number in range(3):
+        run(environment, "update_items", deletes=[f"W{number}"])
+    before = {one.version for one in store.versions("catalog")}
+
+    def full(kind: str, version: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store._storage, "remove", full)
+    lines: list[str] = []
+    reporter = JobReporter(on_log=lines.append)
+    result = run(environment, "update_items", reporter, deletes=["W3"])
+    assert (result["activated"], result["removed"]) == (True, [])
+    assert store.active().release == result["release"]
+    assert "No space left on device" in result["not_removed"]
+    assert any("old versions stay" in line and "No space left" in line for line in lines)
+    assert before < {one.version for one in store.versions("catalog")}
+
+    monkeypatch.undo()
+    again = run(environment, "update_items", deletes=["W4"])
+    assert "not_removed" not in again
+    assert len(again["removed"]) >= 2
+    assert len(store.versions("catalog")) <= 3
+
+
+def test_what_killed_writers_left_is_removed_after_a_day(workplace):
+    environment = workplace.environment()
+    old, young = (workplace.root / f".partial-1-{name}.json" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    run(environment, "update_items", deletes=["W0"])
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_an_active_release_that_cannot_be_opened_again_was_activated(workplace, monkeypatch):
+    environment = workplace.environment()
+    store = environment.store
+    other = run(environment, "update_items", deletes=["W0"], activate=False)
+    real = store.open_release
+
+    def away(version: str) -> object:
+        if store.active().release == other["release"]:
+            raise ConnectionError("gone")
+        return real(version)
+
+    monkeypatch.setattr(store, "open_release", away)
+    lines: list[str] = []
+    reporter = JobReporter(on_log=lines.append)
+    result = run(environment, "activate", reporter, release=other["release"])
+    assert store.active().release == result["release"] == other["release"]
+    assert any("ConnectionError: gone" in line for line in lines)
 
 
 def test_a_job_that_is_asked_to_stop_leaves_nothing(workplace):
