@@ -128,7 +128,7 @@ class Batcher:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._room = WaitingRoom()
-        self._prefetcher = Prefetcher(self._lock, self._room, self._decide)
+        self._prefetcher = Prefetcher(self._lock, self._room, self._decide, self._die)
         self._running: list[_Batch] = []  # at most two: one that was begun behind the other
         self._begins = False  # whether the last batch was begun before it was waited for
         # When the last batch ended, if it left somebody waiting.
@@ -297,13 +297,18 @@ class Batcher:
         try:
             self._run_batches()
         except BaseException:
-            _log.critical("engine thread died", exc_info=True)
-            with self._lock:
-                self._dead = True
-                running = [place for batch in self._running for place in batch.places]
-                stranded = [*running, *self._room.clear_queue()]
-                self._prefetcher.stop()
-            self._post(partial(self._fail, stranded, ErrorKind.ENGINE_DEAD, _DEAD_MESSAGE))
+            self._die()
+
+    def _die(self) -> None:
+        """Answer everybody; the thread that found the engine dead ends, and so does the other."""
+        _log.critical("the engine died", exc_info=True)
+        with self._lock:
+            self._dead = True
+            running = [place for batch in self._running for place in batch.places]
+            stranded = [*running, *self._room.clear_queue()]
+            self._changed.notify()
+            self._prefetcher.stop()
+        self._post(partial(self._fail, stranded, ErrorKind.ENGINE_DEAD, _DEAD_MESSAGE))
 
     def _run_batches(self) -> None:
         """Run batches until the batcher stops.
@@ -339,7 +344,7 @@ class Batcher:
         return form_batch(waiting, self._limits, now, cost, long_s)
 
     def _next_batch(self, *, wait: bool) -> _Batch | None:
-        """The next batch; None when the batcher stops, or nobody is there.
+        """The next batch; None when the batcher stops or is dead, or nobody is there.
 
         Args:
             wait: for somebody to come.
@@ -352,8 +357,8 @@ class Batcher:
                     # Everybody it was made for has left; it would keep their release in memory.
                     self._prefetcher.take()
                     self._queue_since_s = None
-                self._changed.wait_for(lambda: self._room.queued or self._stopping)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._room.queued or self._stopping or self._dead)
+                if self._stopping or self._dead:
                     return None
                 places = self._room.snapshot()
                 ahead = self._prefetcher.take()

@@ -11,6 +11,7 @@ import structlog
 
 from server.batching.policy import Decision
 from server.batching.waiting_room import Place, WaitingRoom
+from server.engine.types import EngineBrokenError
 
 _log = structlog.get_logger(__name__)
 
@@ -56,6 +57,8 @@ class Prefetcher:
         lock: guards the room and everything here; methods are called with it held.
         room: where the queue is.
         decide: the policy; called without the lock.
+        broken: called without the lock where preparing shows that the engine will never work
+            again.
     """
 
     def __init__(
@@ -63,10 +66,12 @@ class Prefetcher:
         lock: threading.Lock,
         room: WaitingRoom,
         decide: Callable[[Sequence[Place]], Decision],
+        broken: Callable[[], None],
     ) -> None:
         self._due = threading.Condition(lock)
         self._room = room
         self._decide = decide
+        self._broken = broken
         self._running = False
         self._stopping = False
         self._batch = 0  # counts the batches that started
@@ -130,6 +135,10 @@ class Prefetcher:
             self._seen = len(places)
         try:
             ahead = self._prepare(places, ahead)
+        except EngineBrokenError:
+            # The engine thread may be waiting for that device, and nobody know how long.
+            self._broken()
+            return False
         except Exception as error:
             # The engine thread meets the same error and knows what to do about it.
             _log.debug("next batch not prepared", error=f"{type(error).__name__}: {error}")

@@ -95,11 +95,28 @@ class EngineBase:
             yield
         self._copies.synchronize()
 
-    def _require_device(self, error: torch.AcceleratorError) -> None:
-        """Raise EngineBrokenError if the error is of the kind that no later call survives."""
+    @contextmanager
+    def _watching_device(self) -> Iterator[None]:
+        """Within, an error that no later call survives becomes an EngineBrokenError."""
         try:
-            torch.zeros(1, device=self.device).item()
-        except torch.AcceleratorError:
+            yield
+        except RuntimeError as error:
+            self._require_device(error)
+            raise
+
+    def _require_device(self, error: Exception) -> None:
+        """Raise EngineBrokenError if the error is of the kind that no later call survives.
+
+        Whether it is, the device is asked: torch has a class of its own for what a device reports,
+        but who calls the driver himself, as Triton does, raises a bare RuntimeError.
+        """
+        if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+            return
+        try:
+            torch.zeros(1, dtype=torch.float32, device=self.device).item()
+        except torch.OutOfMemoryError:
+            return
+        except RuntimeError:
             raise EngineBrokenError(str(error)) from error
 
     def _prompt_fault(

@@ -83,7 +83,12 @@ class Engine(EngineBase):
 
         Raises:
             ValueError: a trie that does not fit the model, or a filter of another catalog.
+            EngineBrokenError: the device does not work any more.
         """
+        with self._watching_device():
+            return self._prepare(requests, trie)
+
+    def _prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> PreparedBatch:
         self._check_trie(trie)
         faults = tuple(self._prompt_fault(request) for request in requests)
         rows = tuple(row for row, fault in enumerate(faults) if fault is None)
@@ -120,11 +125,8 @@ class Engine(EngineBase):
         cached_tokens = [0] * len(results)
         prefill_s = decode_s = 0.0
         if prepared.requests:
-            try:
+            with self._watching_device():
                 answers, prefill_s, decode_s, cached = self._run_session(prepared, has_left)
-            except torch.AcceleratorError as error:
-                self._require_device(error)
-                raise
             for row, answer, tokens in zip(prepared.rows, answers, cached, strict=True):
                 results[row], cached_tokens[row] = answer, tokens
         return BatchOutcome(

@@ -142,6 +142,9 @@ class SearchEngine(Protocol):
         """All that can be done for a batch before its turn: checked, padded, copied.
 
         The requests share ``trie``; they may differ in everything else.
+
+        Raises:
+            EngineBrokenError: the device does not work any more.
         """
         ...
 

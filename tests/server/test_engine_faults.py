@@ -227,3 +227,50 @@ async def test_a_device_that_is_gone_answers_everybody_and_fails_health(
     health = await running.client.get("/health")
     assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
     assert running.service._batcher.queued_requests == 0
+
+
+async def test_a_device_that_is_lost_while_a_batch_is_prepared_fails_health(
+    start_app: Any, release: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await start_app(release)
+    assert len(items_of(await running.post(body("item-1")))) == 5
+    zeros = torch.zeros
+
+    def gone(*arguments: Any, **options: Any) -> Any:
+        if arguments == (1,):
+            raise torch.AcceleratorError("unspecified failure")
+        return zeros(*arguments, **options)
+
+    def copied(*_: Any) -> Any:
+        raise torch.AcceleratorError("unspecified failure")
+
+    monkeypatch.setattr(torch, "zeros", gone)
+    monkeypatch.setattr("server.engine.engine.StepOptions.from_requests", copied)
+    answer = await running.post(body("item-1"))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    assert (await running.client.get("/health")).status_code == 503
+    assert running.service._batcher.queued_requests == 0
+
+
+async def test_memory_that_is_short_while_batches_are_prepared_is_short_no_longer_than_that(
+    start_app: Any, release: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await start_app(release)
+    bodies = [body(item) for item in ITEMS]
+    expected = [items_of(await running.post(one)) for one in bodies]
+    engine = release.engine
+    prepare = engine.prepare
+    asked: list[int] = []
+
+    def short(requests: Any, trie: Any) -> Any:
+        asked.append(len(requests))
+        if len(requests) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 8 GiB")
+        return prepare(requests, trie)
+
+    monkeypatch.setattr(engine, "prepare", short)
+    found = await together(running, bodies)
+    assert [items_of(response) for response in found] == expected
+    assert max(asked) == len(ITEMS)
+    assert nothing_leased(release)
+    assert (await running.client.get("/health")).status_code == 200

@@ -133,7 +133,12 @@ class DeviceEngine(EngineBase):
 
         Raises:
             ValueError: a trie that does not fit the model, or a filter of another catalog.
+            EngineBrokenError: the device does not work any more.
         """
+        with self._watching_device():
+            return self._prepare(requests, trie)
+
+    def _prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DeviceBatch:
         self._check_trie(trie)
         tokens = [tokens_of(request) for request in requests]
         faults = tuple(
@@ -266,8 +271,7 @@ class DeviceEngine(EngineBase):
     def _fail(self, error: Exception) -> None:
         """Raise EngineBrokenError if no later call survives the error."""
         self._searches.forget()
-        if isinstance(error, torch.AcceleratorError):
-            self._require_device(error)
+        self._require_device(error)
 
     def _use(self, trie: CatalogTrie) -> None:
         """Search ``trie`` from now on, with what was made for it if there is such."""

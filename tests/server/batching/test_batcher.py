@@ -144,6 +144,40 @@ async def test_a_broken_device_ends_the_engine_thread(make_batcher, release):
     assert len(release.engine.batches) == 1
 
 
+async def test_a_device_that_is_lost_while_a_batch_is_prepared_ends_the_engine(
+    make_batcher, release
+):
+    """At once: the batch that runs may never come back."""
+    batcher = make_batcher()
+
+    def lost(requests, trie):
+        raise EngineBrokenError("unspecified launch failure")
+
+    head, _ = await ask_while_busy(batcher, release, [])
+    release.engine.prepare = lost
+    tasks = [head, *(asyncio.create_task(ask(batcher, release)) for _ in range(2))]
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [error.kind for error in errors] == [ErrorKind.ENGINE_DEAD] * 3
+    assert not batcher.alive
+    assert batcher.queued_beam_rows == 0
+    release.engine.gate.set()
+    assert await batcher.stop(timeout_s=LIMIT_S)
+    assert len(release.engine.batches) == 1
+    assert not batcher.alive
+
+
+async def test_a_device_found_lost_when_a_batch_is_prepared_at_its_turn(make_batcher, release):
+    batcher = make_batcher()
+
+    def lost(requests, trie):
+        raise EngineBrokenError("unspecified launch failure")
+
+    release.engine.prepare = lost
+    (error,) = await asyncio.gather(ask(batcher, release), return_exceptions=True)
+    assert error.kind is ErrorKind.ENGINE_DEAD
+    assert not batcher.alive
+
+
 async def test_the_next_batch_is_prepared_while_one_runs(make_batcher, release):
     batcher = make_batcher()
     request = search()
