@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rectokens.core.atomic_file import fsync_folder
 from server.access.keys import (
     MAX_REQUESTS_PER_MINUTE,
     ApiKey,
@@ -21,6 +27,8 @@ from server.access.keys import (
 from server.flags import USAGE_ERROR, fail
 
 _DAY_S = 86_400
+# Of a file that is mounted by itself, or lies in a folder, or is of an owner, that is not ours.
+_NOT_REPLACEABLE = (errno.EBUSY, errno.EACCES, errno.EPERM)
 
 
 def add_access_commands(app: typer.Typer) -> None:
@@ -71,15 +79,74 @@ def new_key_command(
 
 
 def add_to_file(path: Path, entry: ApiKey) -> None:
-    """Append a key; a new file is its owner's alone.
+    """Add a key, so that the file has all of its line or is as it was; a new file is its owner's.
 
     Raises:
         KeysFileError: what is in the file, or would be, does not say what it should.
         OSError: it cannot be read or written.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "rb+") as file:
-        before = file.read()
-        line = (b"" if not before or before.endswith(b"\n") else b"\n") + entry.line().encode()
-        parse_keys(before + line)
-        file.write(line + b"\n")
+    path = Path(os.path.realpath(path))  # a link stays one
+    with _alone_in(path.parent):
+        try:
+            before = path.read_bytes()
+        except FileNotFoundError:
+            before = None
+        content = before or b""
+        line = b"" if not content or content.endswith(b"\n") else b"\n"
+        line += entry.line().encode() + b"\n"
+        parse_keys(content + line)
+        try:
+            _replace(path, content + line)
+        except OSError as error:
+            if before is None or error.errno not in _NOT_REPLACEABLE:
+                raise
+            _append(path, line)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other commands waiting meanwhile, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a new file in the place of one, with its owner and permissions."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)  # of a command that was killed
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(descriptor, found.st_uid, found.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(found.st_mode))
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Write a line behind a file; what did not get there whole is cut off again."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)

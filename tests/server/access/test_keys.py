@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from server.access.command import add_to_file
 from server.access.keys import ApiKey, KeysFileError, digest_of, new_key, parse_keys
 from server.cli import app
+from tests.full_disk import file_size_limit
 
 HASH = "sha256:" + "ab" * 32
 OTHER = "sha256:" + "cd" * 32
@@ -109,3 +114,73 @@ def test_the_command_leaves_a_file_as_it_is_where_it_fails(tmp_path):
     assert file.read_text() == f"shop {HASH}\n"
     assert run("a b", "--file", str(file)).exit_code == 2
     assert run("shop", "--file", str(tmp_path / "nowhere" / "keys")).exit_code == 1
+
+
+@pytest.fixture(params=["in a folder of ours", "mounted by itself"])
+def keys_file(request, tmp_path, monkeypatch):
+    """A file with one key, in a place of which it takes up all but a few bytes."""
+    file = tmp_path / "keys"
+    file.write_text(f"# {'x' * 5000}\nshop {HASH}\n")
+    file.chmod(0o640)
+    if request.param == "mounted by itself":
+
+        def busy(source, target):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        monkeypatch.setattr(os, "replace", busy)
+    return file
+
+
+def test_a_full_disk_leaves_no_half_line(keys_file):
+    before = keys_file.read_bytes()
+    with file_size_limit(len(before) + 30):
+        result = run("partner", "--file", str(keys_file))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "File too large" in result.stderr
+    assert keys_file.read_bytes() == before
+    assert list(keys_file.parent.iterdir()) == [keys_file]
+    result = run("partner", "--file", str(keys_file))
+    assert result.exit_code == 0
+    keys = parse_keys(keys_file.read_bytes())
+    assert {key.name for key in keys.values()} == {"shop", "partner"}
+    assert stat.S_IMODE(keys_file.stat().st_mode) == 0o640
+    assert list(keys_file.parent.iterdir()) == [keys_file]
+
+
+def test_a_full_disk_leaves_no_new_file(tmp_path):
+    with file_size_limit(30):
+        assert run("shop", "--file", str(tmp_path / "keys")).exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_command_is_in_nobodys_way(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text(f"shop {HASH}\n")
+
+    def killed(source, target):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr("pathlib.Path.unlink", lambda path, missing_ok=False: None)
+        run("partner", "--file", str(file))
+    assert file.read_text() == f"shop {HASH}\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    assert run("partner", "--file", str(file)).exit_code == 0
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "real").write_text(f"shop {HASH}\n")
+    (tmp_path / "keys").symlink_to("real")
+    assert run("partner", "--file", str(tmp_path / "keys")).exit_code == 0
+    assert (tmp_path / "keys").is_symlink()
+    assert len(parse_keys((tmp_path / "real").read_bytes())) == 2
+
+
+def test_of_many_at_once_none_is_lost(tmp_path):
+    file = tmp_path / "keys"
+    entries = [ApiKey(f"caller-{n}", digest_of(new_key())) for n in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda entry: add_to_file(file, entry), entries))
+    assert parse_keys(file.read_bytes()) == {entry.digest: entry for entry in entries}
