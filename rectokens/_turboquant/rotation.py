@@ -52,7 +52,7 @@ def rotation_tables(rotation: Rotation, device: torch.device) -> RotationTables:
 @lru_cache(maxsize=32)
 def _hadamard_factor(radix: int) -> Tensor:
     """Unnormalised Walsh-Hadamard matrix, `(radix, radix)` float32 of +1 and -1, on the CPU."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while matrix.shape[0] < radix:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix

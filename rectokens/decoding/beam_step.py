@@ -79,7 +79,7 @@ class Beams:
     @classmethod
     def root(cls, batch_size: int, device: torch.device) -> Beams:
         """One beam a request, at the root, score 0: (B, 1)."""
-        zeros = torch.zeros(batch_size, 1, device=device)
+        zeros = torch.zeros(batch_size, 1, dtype=torch.float32, device=device)
         return cls(
             nodes=torch.zeros(batch_size, 1, dtype=torch.long, device=device),
             scores=zeros,
@@ -256,7 +256,7 @@ def _perturb(
     log_probs = beams.log_probs.flatten()[rows] + torch.where(allowed, heated - norm, -torch.inf)
 
     noisy = log_probs + gumbel(options.seed[request], children).float()
-    largest = torch.full((num_rows,), -torch.inf, device=noisy.device)
+    largest = torch.full((num_rows,), -torch.inf, dtype=noisy.dtype, device=noisy.device)
     largest = largest.scatter_reduce(0, source, noisy, "amax")[source]
     # Shift the siblings so that their largest value is the parent's, in the numerically stable
     # form of the paper's appendix B.3.

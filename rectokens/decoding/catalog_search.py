@@ -93,7 +93,7 @@ class ReferenceSearch:
     def _logits(self, request: SearchRequest, beams: Sequence[_Beam]) -> Tensor:
         """Next-token logits after each beam: float32 (beams, V)."""
         if not beams:
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
         device = next(self._model.parameters()).device
         rows = [
             [self._item_tokens.token_id(lvl, code) for lvl, code in enumerate(beam.codes)]

@@ -55,7 +55,7 @@ class BeamBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         def dead() -> Tensor:
-            return torch.full(whole, -torch.inf, device=device)
+            return torch.full(whole, -torch.inf, dtype=torch.float32, device=device)
 
         self.nodes, self.parents, self.codes = (integers(*whole) for _ in range(3))
         self.ancestors = integers(*whole, levels)

@@ -100,7 +100,7 @@ def child_logits(
         torch.isfinite(buffers.scores[depth]),
         buffers.shapes.levels[depth].max_children,
     )
-    out = torch.full(codes.shape, -torch.inf, device=hidden.device)
+    out = torch.full(codes.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
     for row in range(codes.shape[0]):
         # In float32, by products as batched as they get without holding (W, M, H).
         for slot in range(codes.shape[2]):
@@ -195,6 +195,7 @@ def _children(trie: CatalogTrie, nodes: Tensor, live: Tensor, slots: int) -> tup
 def _spread(trie: CatalogTrie, beams: Beams, logits: Tensor, codebook_size: int) -> Tensor:
     """Logits by code (B, W, K) from logits by child (B, W, M)."""
     codes, there = _children(trie, beams.nodes, torch.isfinite(beams.scores), logits.shape[-1])
-    dense = torch.full((*logits.shape[:2], codebook_size + 1), -torch.inf, device=logits.device)
+    shape = (*logits.shape[:2], codebook_size + 1)
+    dense = torch.full(shape, -torch.inf, dtype=torch.float32, device=logits.device)
     dense.scatter_(2, torch.where(there, codes, codebook_size), logits.float())
     return dense[..., :codebook_size]

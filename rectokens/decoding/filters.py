@@ -117,7 +117,7 @@ class BatchFilters:
                 excluded_keys.append(excluded_within(excluded, prefix) + row * (num_items + 1))
         return cls(
             num_items=num_items,
-            set_index=torch.tensor(set_index, device=device),
+            set_index=torch.tensor(set_index, dtype=torch.long, device=device),
             prefixes=tuple(place(p) if place is not None else p.to(device) for p in prefixes),
             excluded_keys=_joined(excluded_keys).to(device),
             has_allow_list=torch.tensor(

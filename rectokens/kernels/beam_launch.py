@@ -202,9 +202,11 @@ def _scratch_of(buffers: BeamBuffers, settings: StepSettings) -> _Scratch:
             counters=torch.zeros(
                 (shapes.num_levels, batch, kernels.COUNTERS), dtype=torch.int32, device=device
             ),
-            rows=torch.empty((batch, shapes.width, 4), device=device),
+            rows=torch.empty((batch, shapes.width, 4), dtype=torch.float32, device=device),
             parts=torch.empty(
-                (max(batch * shapes.width, settings.programs * settings.waves), 8), device=device
+                (max(batch * shapes.width, settings.programs * settings.waves), 8),
+                dtype=torch.float32,
+                device=device,
             ),
             candidates=torch.empty((batch, room), dtype=torch.long, device=device),
         )

@@ -129,7 +129,7 @@ def boundary_guess(dim: int, bits: int) -> Tensor:
         RuntimeError: no polynomial of up to twelve terms is that close.
     """
     if bits < 8:
-        return torch.zeros(1)
+        return torch.zeros(1, dtype=torch.float32)
     boundaries = float32_boundaries(dim, bits).astype(np.float64)
     top = boundaries[-1]
     numbers = np.arange(1, boundaries.size + 1, dtype=np.float64)
@@ -173,7 +173,7 @@ def kernel_tables(rotation: Rotation, bits: int, device: torch.device) -> Kernel
     return KernelTables(
         padded_signs(0),
         padded_signs(1),
-        (boundaries if boundaries.numel() else torch.zeros(1)).to(device),
+        (boundaries if boundaries.numel() else torch.zeros(1, dtype=torch.float32)).to(device),
         boundary_guess(rotation.dim, bits).to(device),
         torch.from_numpy(float32_centroids(rotation.dim, bits)).half().to(device),
     )

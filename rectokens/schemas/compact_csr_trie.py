@@ -157,7 +157,9 @@ class CompactCSRTrie(NamedTuple):
             rows_by_level.append(starts.nonzero().squeeze(1))
 
         tokens = torch.cat([ranked[rows, level] for level, rows in enumerate(rows_by_level)])
-        row_ptrs = torch.full((tokens.numel() + 1,), tokens.numel(), device=device)
+        row_ptrs = torch.full(
+            (tokens.numel() + 1,), tokens.numel(), dtype=torch.long, device=device
+        )
         max_branches = []
         parents = torch.zeros(1, dtype=torch.long, device=device)
         first_node, first_edge = 0, 0
@@ -165,7 +167,7 @@ class CompactCSRTrie(NamedTuple):
             # First edge of each node: where the node's first row lies among its children's.
             first_child = torch.searchsorted(rows, parents)
             row_ptrs[first_node : first_node + parents.numel()] = first_edge + first_child
-            closing = torch.full((1,), rows.numel(), device=device)
+            closing = torch.full((1,), rows.numel(), dtype=torch.long, device=device)
             branches = torch.diff(first_child, append=closing)
             max_branches.append(int(branches.max()) if branches.numel() else 0)
             first_node += parents.numel()

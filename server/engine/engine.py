@@ -158,7 +158,7 @@ class Engine(EngineBase):
         left = [False] * len(requests)
         beams = Beams.root(len(requests), self.device)
         codes = torch.empty(len(requests), 1, 0, dtype=torch.long, device=self.device)
-        code_scores = torch.empty(len(requests), 1, 0, device=self.device)
+        code_scores = torch.empty(len(requests), 1, 0, dtype=torch.float32, device=self.device)
         for depth in range(trie.num_levels):
             left = [was or has_left(row) for was, row in zip(left, batch.rows, strict=True)]
             if all(left):

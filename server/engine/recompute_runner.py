@@ -62,7 +62,7 @@ class _RecomputeSession:
     def __init__(self, runner: RecomputeRunner) -> None:
         self._runner = runner
         self._prompts: Prompts = ()
-        self._generated = torch.empty(0)
+        self._generated = torch.empty(0, dtype=torch.long)
         self.cached_tokens: Sequence[int] = ()
 
     def prefill(self, prompts: Prompts, *, with_vocab_norm: bool) -> LevelLogits:

@@ -35,7 +35,7 @@ def load() -> None:
         # The first use of a tokenizer makes torch load as much again. With one thread, so that
         # there are no others yet.
         torch.set_num_threads(1)
-        rows = torch.eye(2)
+        rows = torch.eye(2, dtype=torch.float32)
         RQKMeansTokenizer(num_levels=1, codebook_size=2, dim=2, seed=0).fit_step(rows).encode(rows)
     # What is there by now stays for good: a collector that passes over it keeps its pages shared.
     gc.collect()

@@ -64,7 +64,7 @@ class EmbeddingTable:
         self.check(token_ids)
         rows = nn.functional.embedding(torch.tensor(token_ids), self.weight)
         # In the table's dtype, the factor rounded to it first: as the layer does it.
-        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale).to(rows.dtype)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
 def open_embedding_table(model_dir: Path) -> EmbeddingTable:

@@ -34,7 +34,7 @@ class EncodedTable:
         width = packed_dim(table.hidden_size, bits)
         if table.vocab_size * (width + 4) <= max_bytes:
             self._packed = torch.empty((table.vocab_size, width), dtype=torch.uint8)
-            self._norms = torch.empty(table.vocab_size)
+            self._norms = torch.empty(table.vocab_size, dtype=torch.float32)
             self._known = torch.zeros(table.vocab_size, dtype=torch.bool)
 
     @property

@@ -102,7 +102,9 @@ def _layer_plan(layer: Any, seen: Observed, rotary: RotaryTable) -> LayerPlan:
         raise NotRecognisedError(f"layer {index} did not call its attention through the registry")
     try:
         rule: ScoreRule = score_rule(
-            torch.empty(dim), type(attention).__name__, seen.attention[index].arguments
+            torch.empty(dim, dtype=torch.float32),
+            type(attention).__name__,
+            seen.attention[index].arguments,
         )
     except UnsupportedAttentionError as why:
         raise NotRecognisedError(str(why)) from why
@@ -201,7 +203,8 @@ def _norm(module: Any, size: int | None = None) -> Norm:
     if eps is None:
         raise NotRecognisedError(f"{type(module).__name__} has no epsilon that is known")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(4, weight.shape[0], generator=generator, dtype=torch.float32)
+    x = x.to(weight.device, weight.dtype)
     # Small values too, so that another epsilon shows.
     x[2:] *= eps**0.5
     wanted = module(x).float()
@@ -217,7 +220,7 @@ def _activation(feed: Any) -> str:
     function = getattr(feed, "act_fn", None)
     if function is None:
         raise NotRecognisedError(f"{type(feed).__name__} has no activation 'act_fn'")
-    x = torch.linspace(-6, 6, 97)
+    x = torch.linspace(-6, 6, 97, dtype=torch.float32)
     found = function(x)
     known = {
         "silu": F.silu(x),

@@ -89,3 +89,17 @@ def test_permutation_gives_every_block_a_share_of_every_other():
     counts = torch.stack([torch.bincount(row, minlength=5) for row in source])
     assert counts.min() == 102
     assert counts.max() == 103
+
+
+def test_matrices_are_kept_in_the_type_that_is_meant():
+    """Another thread may have changed torch's default while they were made: a model is loaded."""
+    passes._hadamard_factor.cache_clear()
+    x = torch.randn(3, 128)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        first = walsh_hadamard(x, 128)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(first, walsh_hadamard(x, 128))
+    passes._hadamard_factor.cache_clear()
+    assert torch.equal(first, walsh_hadamard(x, 128))
