@@ -77,14 +77,26 @@ class RehearsalBoard:
         """Say that a server is gone."""
         self._servers.delete(server)
 
-    def open_requests(self) -> list[RehearsalRequest]:
-        """Requests that nobody has taken."""
+    def open_requests(self, server: str) -> list[RehearsalRequest]:
+        """Requests that nobody has taken, or that this server took and has not reported on.
+
+        It may not know that it did: a connection can be lost once the claim is written.
+        """
         requests = [RehearsalRequest.model_validate_json(r) for r in self._requests.values()]
-        return [r for r in requests if self._answers.get(_claim_key(r.id)) is None]
+        return [
+            request
+            for request in requests
+            if self.claimed_by(request.id) in (None, server) and self.report_of(request.id) is None
+        ]
 
     def claim(self, request_id: str, server: str) -> bool:
-        """Take a request; False if somebody else was quicker."""
-        return self._answers.put_if_absent(_claim_key(request_id), server.encode())
+        """Take a request; False if somebody else was quicker, or nobody waits any more."""
+        if not self._answers.put_if_absent(_claim_key(request_id), server.encode()):
+            return self.claimed_by(request_id) == server
+        if self.is_open(request_id):
+            return True
+        self._answers.delete(_claim_key(request_id))
+        return False
 
     def is_open(self, request_id: str) -> bool:
         """Whether anybody still waits for the report."""

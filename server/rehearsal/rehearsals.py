@@ -64,6 +64,7 @@ class Rehearsals:
         self._settings = settings
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self._beat = 0
+        self._reports: dict[str, RehearsalReport] = {}  # by request, not written yet
         self._ends = False
 
     async def run(self) -> None:
@@ -108,14 +109,23 @@ class Rehearsals:
         self._follower.news.clear()
 
     async def take_one(self) -> None:
-        """Take a request if there is one, try its release, and report."""
+        """Take a request if there is one, try its release, and report.
+
+        Reports that could not be written go first: jobs wait for them as long as this server lives.
+        """
+        await self._hand_in()
         if self._service.release is None or self._follower.busy:
             return
-        for request in await asyncio.to_thread(self._board.open_requests):
+        for request in await asyncio.to_thread(self._board.open_requests, self.name):
             if await asyncio.to_thread(self._board.claim, request.id, self.name):
-                report = await self._rehearse(request)
-                await asyncio.to_thread(self._board.report, request.id, report)
+                self._reports[request.id] = await self._rehearse(request)
+                await self._hand_in()
                 return
+
+    async def _hand_in(self) -> None:
+        for request_id, report in list(self._reports.items()):
+            await asyncio.to_thread(self._board.report, request_id, report)
+            del self._reports[request_id]
 
     async def _rehearse(self, request: RehearsalRequest) -> RehearsalReport:
         _log.info("rehearsal", release=request.release, request=request.id)

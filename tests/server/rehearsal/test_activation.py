@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.rehearsal.activation import ActivationRefusedError, ActivationSteps
-from server.rehearsal.types import GateOptions, RehearsalReport
+from server.rehearsal.types import GateOptions, RehearsalReport, RehearsalRequest
 
 
 @pytest.fixture
@@ -39,11 +39,12 @@ def test_the_report_of_whoever_takes_it_decides(steps, board, alive, clock, stat
     alive("b", "old")
 
     def take():
-        (request,) = board.open_requests()
+        (request,) = board.open_requests("b")
         assert request.release == "new"
         assert board.claim(request.id, "a")
         assert not board.claim(request.id, "b")
-        assert board.open_requests() == []
+        assert board.open_requests("b") == []
+        assert board.open_requests("a") == [request]
         clock.after(3, lambda: board.report(request.id, report(state)))
 
     clock.after(1, take)
@@ -129,3 +130,10 @@ def test_servers_that_were_silent_for_an_hour_are_forgotten(board, alive, clock)
     clock.now += 3_600
     alive("a", "old")
     assert len(board._servers.values()) == 1
+
+
+def test_what_nobody_waits_for_any_more_is_not_taken(board):
+    board.ask(RehearsalRequest(id="1", release="new"))
+    board.close_request("1")
+    assert not board.claim("1", "a")
+    assert board.claimed_by("1") is None  # nor is a note of it left for ever

@@ -177,6 +177,47 @@ async def test_a_second_try_takes_what_is_held_and_another_release_takes_its_pla
     assert place.link.follower.ready_release == small_store.releases[3]
 
 
+async def test_a_report_that_cannot_be_written_is_written_later(start, small_store):
+    """The server gives signs of life, so that the job would wait for it for ever."""
+    place = await start()
+    small_store.add(2)
+    source, board = place.link._source, place.board
+    loads, load = [], source.load
+    source.load = lambda version, beside: (loads.append(version), load(version, beside))[1]
+    failing, report = [1, 2, 3], board.report
+
+    def away(*arguments: Any) -> None:
+        if failing:
+            failing.pop()
+            raise OSError("the database is away")
+        report(*arguments)
+
+    board.report = away
+    assert (await place.rehearse(2)).state == "passed"
+    assert failing == []
+    assert loads == [small_store.releases[2]]
+
+
+async def test_a_request_that_was_taken_without_its_being_known_is_tried_all_the_same(
+    start, small_store
+):
+    place = await start()
+    small_store.add(2)
+    board = place.board
+    failing, claim = [1], board.claim
+
+    def lost(*arguments: Any) -> bool:
+        taken = claim(*arguments)
+        if failing:
+            failing.pop()
+            raise OSError("the connection was lost after the write")
+        return taken
+
+    board.claim = lost
+    assert (await place.rehearse(2)).state == "passed"
+    assert failing == []
+
+
 async def test_one_of_two_servers_tries_and_both_follow(start, small_store):
     first, second = await start(), await start()
 
