@@ -85,15 +85,13 @@ class Supervisor:
         Returns:
             The job as it ended.
         """
-        folder = work_folder(self._settings, job.id)
-        folder.mkdir(parents=True, exist_ok=True)
         run = _Run(
             self._settings,
             self._ledger,
             self._owner,
             self._begin,
             job,
-            folder,
+            work_folder(self._settings, job.id),
             on_update,
             ending,
         )
@@ -127,7 +125,11 @@ def clean_up(settings: Settings, job_id: str, child_pid: int | None) -> list[str
         shutil.rmtree(folder, ignore_errors=True)
         removed.append(str(folder))
     if child_pid is not None and process_is_gone(child_pid):
-        removed += open_store(settings).clean_after(child_pid)
+        try:
+            removed += open_store(settings).clean_after(child_pid)
+        except Exception:
+            # The job has ended all the same; what is left goes with what else is old, in a day.
+            _log.warning("leftovers cannot be removed", job=job_id, exc_info=True)
     return removed
 
 
@@ -152,6 +154,7 @@ class _Run:
         self._owner = owner
         self._job = job
         self._on_update = on_update
+        self._folder = folder
         self._errors = folder / "errors"
         self._lines: deque[str] = deque(job.log, MAX_LOG_LINES)
         self._outcome: dict[str, Any] | None = None
@@ -164,10 +167,26 @@ class _Run:
     def to_the_end(self) -> Job:
         try:
             begun = self._start()
-        except OSError as error:
+        except Exception as error:
+            # Whatever it was: this process lives, so nobody else would find the job orphaned.
+            _log.exception("job cannot be started", job=self._job.id)
             return self._interrupted(
                 f"the job's process cannot be started ({error}); restart the job"
             )
+        exit_code, putting_back = None, False
+        try:
+            exit_code, putting_back = self._watch(begun)
+        except Exception as error:
+            if self._outcome is None:
+                _log.exception("job cannot be watched over", job=self._job.id)
+                return self._interrupted(
+                    f"the job cannot be watched over ({type(error).__name__}: {error}); restart it"
+                )
+            _log.warning("job's process cannot be ended", job=self._job.id, exc_info=True)
+        return self._conclude(exit_code, putting_back)
+
+    def _watch(self, begun: JobProcess) -> tuple[int | None, bool]:
+        """Until the process has ended; its exit code, and whether the job is to wait again."""
         process = begun.process
         self.child_pid = process.pid
         self._owner = self._owner.next(process.pid)
@@ -194,12 +213,13 @@ class _Run:
             process.join(self._settings.jobs.cancel_grace_s + 1.0)
         finally:
             begun.end()
-        return self._conclude(process.exitcode, putting_back)
+        return process.exitcode, putting_back
 
     def _is_ending(self) -> bool:
         return self._ending is not None and self._ending.is_set()
 
     def _start(self) -> JobProcess:
+        self._folder.mkdir(parents=True, exist_ok=True)
         params = insist(lambda: self._ledger.params(self._job.id), self._job.id, self._ending)
         begun = self._begin()
         with suppress(OSError):  # it has died already; whoever listens to it finds that out

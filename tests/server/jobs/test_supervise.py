@@ -13,13 +13,14 @@ import psutil
 import pytest
 import torch
 
+from server.jobs import supervise
 from server.jobs.child import explain
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
 from server.jobs.process import JobProcess
 from server.jobs.supervise import Supervisor
-from server.jobs.types import Job, JobErrorKind, JobKind, JobState
+from server.jobs.types import Job, JobErrorKind, JobKind, JobState, UnknownJobError
 from server.settings import Settings
 from tests.waiting import wait_until
 
@@ -287,3 +288,47 @@ def test_a_job_whose_process_cannot_be_started(workplace, start):
     assert "too many processes" in ended.error.message
     assert runner.ledger.get(job.id) == ended
     assert nothing_left(workplace)
+
+
+def test_a_job_that_cannot_be_begun_does_not_run_for_ever(workplace, start, monkeypatch):
+    runner = start()
+    work = workplace.root / ".jobs" / "work"
+    work.write_text("in the way, as a disk that is full would be")
+    job = runner.run(JobKind.ROLLBACK, {})
+    assert (job.state, job.error.type) == (JobState.INTERRUPTED, JobErrorKind.INTERRUPTED)
+    assert "cannot be started" in job.message
+    assert runner.ledger.running() == []
+
+    work.unlink()
+
+    def broken() -> JobProcess:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_begin", broken)
+        job = runner.run(JobKind.ROLLBACK, {})
+    assert job.state is JobState.INTERRUPTED
+    assert "can't start new thread" in job.message
+    assert runner.ledger.get(job.id) == job
+
+    # What is still known of it may have been forgotten since it was queued.
+    job, _ = runner.ledger.begin(JobKind.ROLLBACK, {}, runner.owner)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.ledger, "params", lambda job_id: raised(UnknownJobError(job_id)))
+        job = runner.go_on(job)
+    assert job.state is JobState.INTERRUPTED
+    assert runner.ledger.running() == []
+    assert nothing_left(workplace)
+
+
+def raised(error: Exception) -> Any:
+    raise error
+
+
+def test_a_job_whose_leftovers_cannot_be_removed_has_ended(workplace, start, monkeypatch):
+    runner = start()
+    workplace.parquet("items.parquet", 30)
+    monkeypatch.setattr(supervise, "open_store", lambda settings: raised(OSError("away")))
+    job = runner.run(JobKind.REINDEX, REINDEX)
+    assert job.state is JobState.SUCCEEDED, job
+    assert runner.updates[-1] == job == runner.ledger.get(job.id)
