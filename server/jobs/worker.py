@@ -131,14 +131,18 @@ class Sweeper:
     def __init__(self, settings: Settings, ledger: JobLedger) -> None:
         self._settings = settings
         self._ledger = ledger
-        # By job: the last sign of life of a worker on another host, and when it was seen here.
-        self._signs: dict[str, tuple[int, float]] = {}
+        # By job and attempt: the last sign of life of a worker on another host, and when it was
+        # seen here.
+        self._signs: dict[tuple[str, int], tuple[int, float]] = {}
         self._lost: set[str] = set()
 
     def sweep(self) -> list[Job]:
         """Look once; the jobs that were marked."""
         self._lost = self._ledger.requeue_lost(self._lost)
-        orphans = [job for job in self._ledger.running() if self._is_orphan(job)]
+        running = self._ledger.running()
+        orphans = [job for job in running if self._is_orphan(job)]
+        known = {_attempt(job) for job in running}
+        self._signs = {one: sign for one, sign in self._signs.items() if one in known}
         marked = []
         for job in orphans:
             owner = self._ledger.owner(job.id)
@@ -156,7 +160,6 @@ class Sweeper:
                     self._ledger.get(job.id), "the worker that ran the job died; restart the job"
                 )
             )
-            self._signs.pop(job.id, None)
         return marked
 
     def _is_orphan(self, job: Job) -> bool:
@@ -170,11 +173,15 @@ class Sweeper:
     def _silent(self, job: Job, beat: int) -> bool:
         """Whether the same sign of life was the last one for too long."""
         moment = time.monotonic()
-        last, since = self._signs.get(job.id, (None, moment))
+        last, since = self._signs.get(_attempt(job), (None, moment))
         if last != beat:
-            self._signs[job.id] = (beat, moment)
+            self._signs[_attempt(job)] = (beat, moment)
             return False
         return moment - since > _SILENCE_S
+
+
+def _attempt(job: Job) -> tuple[str, int]:
+    return job.id, job.attempt
 
 
 def _end_orphan(pid: int, owner: Owner) -> None:

@@ -60,18 +60,22 @@ class WorkerProcess:
             process.join()
 
     def _spawn(self) -> None:
-        self._process = get_context("spawn").Process(
-            target=_work, args=(self._settings,), name="worker"
-        )
-        self._process.start()
+        process = get_context("spawn").Process(target=_work, args=(self._settings,), name="worker")
+        process.start()
+        self._process = process
 
     def _keep(self) -> None:
         while not self._ending.wait(0.5):
             process = self._process
             if process is not None and not process.is_alive():
                 _log.error("worker died; starting another", exit_code=process.exitcode)
-                if not self._ending.wait(_RESTART_S):
+                if self._ending.wait(_RESTART_S):
+                    break
+                try:
                     self._spawn()
+                except Exception:
+                    # Without memory for it just now, for example: the next look tries again.
+                    _log.exception("worker cannot be started again")
 
 
 def _work(settings: Settings) -> None:

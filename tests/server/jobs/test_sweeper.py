@@ -6,9 +6,12 @@ import dataclasses
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import psutil
 
+from server.jobs import worker
+from server.jobs.lanes import LANES
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
 from server.jobs.types import JobKind, JobState
@@ -42,4 +45,29 @@ def test_a_process_that_is_ending_is_waited_for(workplace, monkeypatch):
         ending.join()
         child.kill()
         child.wait()
+        ledger.close()
+
+
+def test_a_job_that_runs_again_elsewhere_is_not_held_to_its_first_sign_of_life(
+    workplace, monkeypatch
+):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    settings = workplace.settings()
+    ledger = open_ledger(settings)
+    there = dataclasses.replace(Owner.this_process(), host="elsewhere")
+    sweeper = Sweeper(settings, ledger)
+    try:
+        job, _ = ledger.begin(JobKind.ROLLBACK, {}, there)
+        assert sweeper.sweep() == []
+        ledger.finish(job, JobState.CANCELLED, message="cancelled")
+        clock.now = 40.0
+        ledger.restart(job.id)
+        again = ledger.claim(LANES[JobKind.ROLLBACK], there)
+        assert again is not None
+        assert sweeper.sweep() == []
+        assert ledger.get(job.id).state is JobState.RUNNING
+        clock.now = 71.0
+        assert [one.id for one in sweeper.sweep()] == [job.id]
+    finally:
         ledger.close()

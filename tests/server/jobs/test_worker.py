@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
 
 import psutil
 import pytest
@@ -103,6 +105,28 @@ def test_a_worker_that_is_killed_is_replaced_and_its_job_is_marked(workplace):
         workers.stop()
         ledger.close()
     assert workers.pid is None
+
+
+def test_a_worker_that_could_not_be_started_again_is_tried_again(workplace, monkeypatch):
+    workers = WorkerProcess(workplace.settings())
+    workers.start()
+    try:
+        first = workers.pid
+        assert first is not None
+        real = SpawnProcess.start
+        failures = [BlockingIOError(errno.EAGAIN, "too many processes")] * 2
+
+        def start(process: SpawnProcess) -> None:
+            if failures:
+                raise failures.pop()
+            real(process)
+
+        monkeypatch.setattr(SpawnProcess, "start", start)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: workers.pid not in (None, first), lambda: failures)
+        assert not failures
+    finally:
+        workers.stop()
 
 
 def test_a_worker_goes_when_its_service_is_killed(workplace):
