@@ -287,7 +287,7 @@ class JobLedger:
             return earlier, False
         self._require_room()
         job = Job(
-            id=secrets.token_hex(8),
+            id=secrets.token_hex(8) if key is None else self._reserved(key, digest),
             kind=kind,
             state=JobState.QUEUED,
             message="waits",
@@ -296,29 +296,40 @@ class JobLedger:
             idempotency_key=key,
         )
         self._backend.payloads.put(job.id, content.encode())
-        self.write(job)
-        if key is not None:
-            mark = json.dumps({"job": job.id, "digest": digest}).encode()
-            if not self._backend.keys.put_if_absent(f"key:{key}", mark):
-                # Somebody was quicker with the same key.
-                self._forget(job)
-                earlier = self._earlier(key, digest)
-                if earlier is not None:
-                    return earlier, False
-                raise JobConflictError(f"idempotency key {key!r} is being used right now")
+        if not self._backend.records.put_if_absent(job.id, job.model_dump_json().encode()):
+            return self.get(job.id), False  # somebody was quicker with the same key
         return job, True
+
+    def _reserved(self, key: str, digest: str) -> str:
+        """The id of the job that a key belongs to, from now on or already.
+
+        Before the job is recorded: should that fail, or whoever submits it die, the request that is
+        repeated goes on where it was, and does not become a second job.
+        """
+        mark = json.dumps({"job": secrets.token_hex(8), "digest": digest}).encode()
+        if not self._backend.keys.put_if_absent(f"key:{key}", mark):
+            mark = self._backend.keys.get(f"key:{key}") or b""
+        if not mark:
+            raise JobConflictError(f"idempotency key {key!r} is being used right now")
+        return self._job_of(key, mark, digest)
 
     def _earlier(self, key: str, digest: str) -> Job | None:
         data = self._backend.keys.get(f"key:{key}")
         if data is None:
             return None
+        try:
+            return self.get(self._job_of(key, data, digest))
+        except UnknownJobError:
+            return None  # it is not recorded yet
+
+    def _job_of(self, key: str, data: bytes, digest: str) -> str:
         mark = json.loads(data)
         if mark["digest"] != digest:
             raise JobConflictError(
                 f"idempotency key {key!r} belongs to job {mark['job']}, which has another kind or "
                 "other parameters; use a new key"
             )
-        return self.get(mark["job"])
+        return str(mark["job"])
 
     def _claim(self, job: Job, owner: Owner, ending: threading.Event | None = None) -> Job | None:
         # Its own at every attempt: whoever reads it back knows that the mark is this one.
@@ -388,15 +399,17 @@ class JobLedger:
             self._forget(job)
 
     def _forget(self, job: Job) -> None:
-        self._backend.records.delete(job.id)
-        self._backend.payloads.delete(job.id)
-        self._backend.owners.delete(job.id)
-        for key in (_cancel_key(job), _claim_key(job)):
-            self._backend.keys.delete(key)
+        # The key first, or it would belong to no job; the record last, or nobody would come back
+        # for what is left should this process die meanwhile.
         if job.idempotency_key is not None:
             mark = self._backend.keys.get(f"key:{job.idempotency_key}")
             if mark is not None and json.loads(mark)["job"] == job.id:
                 self._backend.keys.delete(f"key:{job.idempotency_key}")
+        for key in (_cancel_key(job), _claim_key(job)):
+            self._backend.keys.delete(key)
+        self._backend.payloads.delete(job.id)
+        self._backend.owners.delete(job.id)
+        self._backend.records.delete(job.id)
 
 
 def _cancel_key(job: Job) -> str:

@@ -178,15 +178,24 @@ def test_messages_that_were_lost_are_found(ledger: JobLedger):
 class Unsteady:
     """A table whose ``call``-th write, and the ``more`` after it, fail before or after they act."""
 
-    def __init__(self, table: Any, calls: Iterator[int], call: int, more: int, acts: bool) -> None:
+    def __init__(
+        self,
+        table: Any,
+        calls: Iterator[int],
+        call: int,
+        more: int,
+        acts: bool,
+        writes: tuple[str, ...] = ("put", "put_if_absent"),
+    ) -> None:
         self._table = table
+        self._writes = writes
         self._calls = calls
         self._fails = range(call, call + more + 1)
         self._acts = acts
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._table, name)
-        if name not in ("put", "put_if_absent"):
+        if name not in self._writes:
             return found
 
         def write(*arguments: Any) -> Any:
@@ -212,8 +221,8 @@ def test_a_database_that_goes_away_within_a_claim(
     tables = {
         name: Unsteady(getattr(ledger._backend, name), calls, call, more, acts) for name in names
     }
-    unsteady = JobLedger(dataclasses.replace(ledger._backend, **tables))
-    running = unsteady.claim(Lane.CATALOG, ME)
+    claiming = JobLedger(dataclasses.replace(ledger._backend, **tables))
+    running = claiming.claim(Lane.CATALOG, ME)
     assert next(calls) > 3 + more  # it did fail
     assert running is not None
     assert (running.id, running.state, running.attempt) == (job.id, JobState.RUNNING, 1)
@@ -222,6 +231,55 @@ def test_a_database_that_goes_away_within_a_claim(
     # Nobody else takes it for lost.
     assert ledger.requeue_lost({job.id}) == set()
     assert ledger.claim(Lane.CATALOG, ME) is None
+
+
+def unsteady(ledger: JobLedger, *failing: Any) -> JobLedger:
+    """The ledger, whose tables' writes fail as :class:`Unsteady` says."""
+    calls = itertools.count()
+    names = ("records", "payloads", "keys", "owners")
+    tables = {name: Unsteady(getattr(ledger._backend, name), calls, *failing) for name in names}
+    return JobLedger(dataclasses.replace(ledger._backend, **tables), keep_finished=1)
+
+
+@pytest.mark.parametrize("acts", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_submission_that_fails_and_is_repeated_is_one_job(
+    ledger: JobLedger, call: int, acts: bool
+):
+    with pytest.raises(ConnectionError, match="is away"):
+        unsteady(ledger, call, 0, acts).submit(JobKind.ROLLBACK, {}, idempotency_key="k")
+    job = ledger.submit(JobKind.ROLLBACK, {}, idempotency_key="k")
+    assert ledger.submit(JobKind.ROLLBACK, {}, idempotency_key="k").id == job.id
+    ledger.requeue_lost(ledger.requeue_lost(()))
+    assert claimed(ledger, Lane.ACTIVATION).id == job.id
+    assert ledger.params(job.id) == b"{}"
+    assert ledger.requeue_lost(ledger.requeue_lost(())) == set()
+    assert ledger.claim(Lane.ACTIVATION, ME) is None
+    assert [one.id for one in ledger.find()] == [job.id]
+
+
+@pytest.mark.parametrize("call", range(7))
+def test_a_job_that_is_half_forgotten_is_forgotten_by_the_next_one(ledger: JobLedger, call: int):
+    first = ledger.submit(JobKind.ROLLBACK, {}, idempotency_key="k")
+    failed = ledger.finish(claimed(ledger, Lane.ACTIVATION), JobState.FAILED, message="no")
+    ledger.submit(JobKind.ROLLBACK, {})
+    dying = unsteady(ledger, call, 10, False, ("delete",))
+    with pytest.raises(ConnectionError, match="is away"):
+        dying.finish(claimed(ledger, Lane.ACTIVATION), JobState.FAILED, message="no")
+    again = ledger.submit(JobKind.ROLLBACK, {}, idempotency_key="k")
+    if again.id == first.id:
+        assert again == failed  # still known
+    else:
+        assert claimed(ledger, Lane.ACTIVATION).id == again.id
+        ledger.finish(again, JobState.FAILED, message="no")
+    ledger.submit(JobKind.ROLLBACK, {})
+    JobLedger(ledger._backend, keep_finished=1).finish(
+        claimed(ledger, Lane.ACTIVATION), JobState.FAILED, message="no"
+    )
+    assert len(ledger.find()) == 1
+    assert ledger._backend.owners.values() == []
+    assert len(ledger._backend.payloads.values()) == 1
+    assert not [mark for mark in ledger._backend.keys.values() if first.id.encode() in mark]
 
 
 def test_a_database_that_stays_away(ledger: JobLedger, monkeypatch: pytest.MonkeyPatch):
