@@ -7,7 +7,6 @@ the release that is served where it is.
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import os
 import sys
@@ -21,10 +20,9 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 import structlog
-import torch
 
 from rectokens.artifacts.activation import Activation
-from server.heap import collect_all
+from server.heap import collect_all, free_garbage
 from server.memory import NotEnoughMemoryError
 from server.release import Release, ReleaseError
 from server.release_source import ReleaseSource
@@ -123,6 +121,8 @@ class ReleaseFollower:
         self._candidate_until_s = 0.0
         self._prepared = asyncio.Event()
         self._retry_at_s = 0.0
+        # What was unloaded to make room for a release that is not served yet.
+        self._unloaded: str | None = None
         # When what was replaced last must have left memory.
         self._gone_by_s = math.inf
         self.loading: str | None = None
@@ -152,6 +152,11 @@ class ReleaseFollower:
 
     async def step(self) -> None:
         """Look at the pointer once, and follow it if it has moved."""
+        await self._look()
+        if self._unloaded is not None:
+            await self._take_back()
+
+    async def _look(self) -> None:
         self._take_over_first_failure()
         if self._clock() > self._gone_by_s:
             await self._free_what_is_left()
@@ -159,11 +164,12 @@ class ReleaseFollower:
             active = await self._call(self._source.active)
         except ReleaseError as error:
             self._failed(None, error)
+            self._drop_late_candidate()
             return
-        if self._candidate is not None and self._clock() > self._candidate_until_s:
-            _log.warning("a release held ready was not activated", release=self._candidate.version)
-            self._drop_candidate()
-        moved = active != self.status.active
+        self._drop_late_candidate()
+        failure = self.status.failure
+        # What was in the way of reading the pointer may have been in the way of the release.
+        moved = active != self.status.active or (failure is not None and failure.release is None)
         self.status = StoreStatus(active, self.status.failure)
         serving = self._service.release
         served = None if serving is None else serving.version
@@ -188,7 +194,7 @@ class ReleaseFollower:
                 self._succeeded()
                 return
             # Only now is what was half loaded held by nothing but itself.
-            await self._call(_collect_garbage)
+            await self._call(free_garbage)
 
     @property
     def busy(self) -> bool:
@@ -223,17 +229,17 @@ class ReleaseFollower:
             if candidate is not None and candidate.version != version:
                 self._discard(candidate)
                 candidate = None
-            serving = self._service.release
-            if serving is not None:
-                await before(serving)
-            del serving
-            if candidate is None:
-                candidate = await self._load(version)
             accepted = False
             try:
+                serving = self._service.release
+                if serving is not None:
+                    await before(serving)
+                del serving
+                if candidate is None:
+                    candidate = await self._load(version)
                 accepted = await after(candidate)
             finally:
-                if not accepted:
+                if not accepted and candidate is not None:
                     self._discard(candidate)
             if accepted:
                 self._candidate = candidate
@@ -266,12 +272,13 @@ class ReleaseFollower:
             candidate = await self._load(version)
         new_model = _model_of(candidate) != _model_of(self._service.release)
         self._service.activate(candidate)
+        self._unloaded = None
         self._service.metrics.swapped(self._clock() - started)
         self.news.set()
         if new_model:
             # Models may hold themselves in cycles, and a device's memory is freed only with them.
             del candidate
-            await self._call(_collect_garbage)
+            await self._call(free_garbage)
         self._gone_by_s = self._clock() + self._free_timeout_s
 
     async def _load(self, version: str) -> Release:
@@ -310,7 +317,7 @@ class ReleaseFollower:
         while left_s > 0:
             if await self._service.retired.wait_until_gone(min(wait_s, left_s)):
                 return True
-            await self._call(_collect_garbage)
+            await self._call(free_garbage)
             left_s, wait_s = left_s - wait_s, 2 * wait_s
         await self._free_what_is_left()
         return self._service.retired.gone
@@ -319,7 +326,7 @@ class ReleaseFollower:
         """Free what was replaced, has nobody who uses it, and is in a cycle that is passed over."""
         self._gone_by_s = math.inf
         if not self._service.retired.gone:
-            await self._call(_collect_all_garbage)
+            await self._call(free_garbage, collect_all)
 
     async def _load_instead(self, version: str) -> Release:
         """Load a release in the place of the one served, which a drained service can spare."""
@@ -328,17 +335,45 @@ class ReleaseFollower:
         old_version = old.version
         assert old_version is not None
         _log.warning("unloading a release to make room", release=old_version)
+        self._unloaded = old_version
         self._service.retired.add(old, None)
         del old
-        await self._call(_collect_all_garbage)  # nobody waits meanwhile
+        await self._call(free_garbage, collect_all)  # nobody waits meanwhile
         try:
             return await self._load_beside(version)
         except Exception as error:
             reason = _reason(error)
         # Here, where the error's frames hold nothing of the release that failed any more.
-        await self._call(_collect_garbage)
-        self._service.activate(await self._load_beside(old_version))
+        await self._call(free_garbage)
+        try:
+            self._service.activate(await self._load_beside(old_version))
+        except Exception as error:
+            reason = f"{reason} (the release before cannot be loaded either: {_reason(error)})"
+            raise ReleaseError(reason) from None
+        self._unloaded = None
         raise ReleaseError(f"{reason} (the release before was loaded again)")
+
+    async def _take_back(self) -> None:
+        """Serve what was unloaded for a release that did not come, and could not be loaded again.
+
+        Tried at every look: nothing is served until then.
+        """
+        async with self._loading:
+            version = self._unloaded
+            if version is None or self._candidate is not None:
+                return
+            try:
+                self._service.activate(await self._load_beside(version))
+            except Exception as error:
+                _log.error("nothing is served", unloaded=version, reason=_reason(error))
+                return
+            self._unloaded = None
+            self.news.set()
+
+    def _drop_late_candidate(self) -> None:
+        if self._candidate is not None and self._clock() > self._candidate_until_s:
+            _log.warning("a release held ready was not activated", release=self._candidate.version)
+            self._drop_candidate()
 
     def _drop_candidate(self) -> None:
         if self._candidate is not None:
@@ -387,16 +422,6 @@ def _reason(error: Exception) -> str:
 
 def _model_of(release: Release | None) -> int | None:
     return None if release is None else id(release.engine)
-
-
-def _collect_garbage(collect: Callable[[], object] = gc.collect) -> None:
-    collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _collect_all_garbage() -> None:
-    _collect_garbage(collect_all)
 
 
 def _yield_to_requests() -> None:

@@ -7,7 +7,10 @@ its last user; so it may look seldom, and pass over what stays.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from functools import cache
+
+import torch
 
 # A full collection follows so many of the middle generation, ten times Python's own number. It
 # walks all requests that wait, some two hundred objects each.
@@ -42,3 +45,10 @@ def collect_all() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def free_garbage(collect: Callable[[], object] = gc.collect) -> None:
+    """Collect what was loaded and has no user any more; a GPU's memory of it is free then."""
+    collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

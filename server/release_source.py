@@ -10,6 +10,8 @@ import torch
 from rectokens.artifacts.activation import Activation
 from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.release_store import ReleaseStore
+from server.errors import let_go
+from server.heap import free_garbage
 from server.memory import AvailableBytes, available_bytes, memory_need, require_room
 from server.release import Release, ReleaseError, load_parts, warm_up
 from server.settings import Settings
@@ -39,7 +41,7 @@ class ReleaseSource:
         self._settings = settings
         self._store = store
         self._available = available
-        self.first_failure: tuple[str, ReleaseError] | None = None
+        self.first_failure: tuple[str, Exception] | None = None
 
     def active(self) -> Activation | None:
         """The store's record of what is active.
@@ -123,21 +125,26 @@ class ReleaseSource:
             active = self.active()
         try:
             return self.load(active.release, None)
-        except ReleaseError as error:
+        except Exception as error:
             if active.previous is None:
                 raise
-            _log.error(
-                "the active release cannot be loaded; taking the one before",
-                release=active.release,
-                previous=active.previous,
-                reason=str(error),
-            )
-            try:
-                release = self.load(active.previous, None)
-            except ReleaseError:
-                raise error from None
-            self.first_failure = (active.release, error)
-            return release
+            why = error
+        _log.error(
+            "the active release cannot be loaded; taking the one before",
+            release=active.release,
+            previous=active.previous,
+            reason=str(why),
+            exc_info=None if isinstance(why, ReleaseError) else why,
+        )
+        # What was loaded of it is in the error's frames, and the one before needs the memory.
+        let_go(why)
+        free_garbage()
+        try:
+            release = self.load(active.previous, None)
+        except Exception:
+            raise why from None
+        self.first_failure = (active.release, why)
+        return release
 
 
 def _device(settings: Settings) -> torch.device:

@@ -1,0 +1,163 @@
+"""Following a store: what failed for a reason that has passed is put right, and leaves nothing."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from server.release import ReleaseError
+from server.release_source import ReleaseSource
+from server.settings import load_settings
+from tests.waiting import until
+
+FAST = {"store__poll_s": "0.02"}
+
+
+async def start(start_app, small_store, **flags):
+    return await start_app(store__path=str(small_store.root), **{**FAST, **flags})
+
+
+def follower_of(running):
+    return running.app.state.link.follower
+
+
+async def served(running, number, small_store):
+    def is_so():
+        release = running.service.release
+        return release is not None and release.version == small_store.releases[number]
+
+    await until(is_so)
+
+
+async def test_what_was_unloaded_comes_back_when_it_can_be_loaded_again(
+    start_app, small_store, tiny_lm
+):
+    """Both failed: the new one for good, the old one for a moment."""
+    running = await start(start_app, small_store)
+    old = weakref.ref(running.service.release.engine)
+    source = running.app.state.link._source
+    source._available = lambda device: 1 << 40 if old() is None else 20_000
+    load, moments = source.load, [1, 2, 3]
+
+    def load_or_fail(version, beside):
+        if old() is None and version == small_store.releases[2]:
+            raise ReleaseError("made to order")
+        if old() is None and moments:
+            moments.pop()
+            raise ReleaseError("the disk was away")
+        return load(version, beside)
+
+    source.load = load_or_fail
+    assert await running.service.hold(10)
+    small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+    small_store.activate(2)
+    await until(lambda: moments == [])
+    await served(running, 1, small_store)
+    assert "made to order" in follower_of(running).status.failure.message
+    running.service.resume()
+    assert (await running.post({"history": ["1-1"]})).status_code == 200
+
+
+async def test_what_failed_while_the_store_was_away_is_tried_as_soon_as_it_is_back(
+    start_app, small_store, monkeypatch
+):
+    """However often the store was looked at in vain."""
+    monkeypatch.setattr("server.catalogs._FIRST_RETRY_S", 3_600.0)
+    monkeypatch.setattr("server.catalogs._MAX_RETRY_S", 7_200.0)
+    running = await start(start_app, small_store)
+    source, follower = running.app.state.link._source, follower_of(running)
+    load, active = source.load, source.active
+
+    def away(*_):
+        raise ReleaseError("no route to host")
+
+    source.load = away
+    small_store.add(2)
+    small_store.activate(2)
+    await until(lambda: follower.status.failure and follower.status.failure.release)
+    source.active = away
+    await until(lambda: follower.status.failure.release is None)
+    source.load, source.active = load, active
+    await served(running, 2, small_store)
+    assert (await running.client.get("/ready")).json()["store"]["failure"] is None
+
+
+async def test_what_is_held_ready_is_let_go_in_time_though_the_store_is_away(
+    start_app, small_store, monkeypatch
+):
+    monkeypatch.setattr("server.catalogs._CANDIDATE_S", 0.2)
+    running = await start(start_app, small_store)
+    small_store.add(2)
+    follower, source = follower_of(running), running.app.state.link._source
+
+    def away():
+        raise ReleaseError("no route to host")
+
+    async def before(serving):
+        pass
+
+    async def after(candidate):
+        source.active = away
+        return True
+
+    await follower.prepare(small_store.releases[2], before, after)
+    await until(lambda: follower.ready_release is None)
+    await until(lambda: running.service.retired.gone)
+
+
+async def test_what_was_held_ready_is_known_to_be_let_go_where_another_try_fails(
+    start_app, small_store
+):
+    """Whatever is still in memory counts, or a third release would be loaded beside it."""
+    running = await start(start_app, small_store)
+    small_store.add(2)
+    follower = follower_of(running)
+    kept = []
+
+    async def before(serving):
+        if kept:
+            raise RuntimeError("made to order")
+
+    async def after(candidate):
+        kept.append(candidate)
+        return True
+
+    await follower.prepare(small_store.releases[2], before, after)
+    with pytest.raises(RuntimeError, match="made to order"):
+        await follower.prepare(small_store.releases[2], before, after)
+    assert follower.ready_release is None
+    assert not running.service.retired.gone
+    kept.clear()
+    await until(lambda: running.service.retired.gone)
+
+
+@pytest.mark.parametrize("error", [ReleaseError("no"), torch.OutOfMemoryError("no")])
+def test_at_the_start_the_one_before_has_the_memory_of_the_one_that_failed(
+    small_store, tiny_lm, monkeypatch, no_settings, error
+):
+    small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+    small_store.activate(2)
+    settings = load_settings({"store.path": str(small_store.root), "engine.kv_memory_mib": "4"})
+    source = ReleaseSource(settings, small_store.store)
+    engines: list[weakref.ref] = []
+
+    def tried(release):
+        gone = [engine() is None for engine in engines]
+        engines.append(weakref.ref(release.engine))
+        if not gone:
+            raise error
+        assert gone == [True]
+
+    monkeypatch.setattr("server.release_source.warm_up", tried)
+    gc.disable()
+    try:
+        assert source.load_first(1.0, None).version == small_store.releases[1]
+    finally:
+        gc.enable()
+    assert len(engines) == 2
+    version, why = source.first_failure
+    assert version == small_store.releases[2]
+    assert "no" in str(why)
