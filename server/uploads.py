@@ -10,9 +10,12 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from rectokens.core.atomic_file import fsync_folder
 
 KEEP_S = 3 * 86_400.0
 # A partial file that nobody writes to any more belongs to a process that was killed.
@@ -152,13 +155,9 @@ class UploadWriter:
         if not data:
             return
         self._uploads.require_room(len(data))
-        try:
+        with _told_if_full():
             self._file.write(data)
             self._file.flush()
-        except OSError as error:
-            if error.errno in _FULL:
-                raise UploadError("the disk is full") from error
-            raise
         self._digest.update(data)
         self._num_bytes += len(data)
 
@@ -173,15 +172,12 @@ class UploadWriter:
         assert self._file is not None
         if not self._num_bytes:
             raise EmptyUploadError("the file is empty")
-        try:
+        with _told_if_full():
             os.fsync(self._file.fileno())
-        except OSError as error:
-            if error.errno in _FULL:
-                raise UploadError("the disk is full") from error
-            raise
+            os.rename(self._partial, self._target)
+            fsync_folder(self._target.parent)
         self._file.close()
         self._file = None
-        os.rename(self._partial, self._target)
         return StoredUpload(
             self._target.name, self._num_bytes, self._digest.hexdigest(), time.time()
         )
@@ -189,6 +185,20 @@ class UploadWriter:
     def discard(self) -> None:
         """Remove a file that was not finished; nothing if it was."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._partial.unlink(missing_ok=True)
+            file, self._file = self._file, None
+            # Closing writes what a disk that is full has not taken before: it fails once more.
+            with suppress(OSError):
+                file.close()
+            for path in (self._partial, self._target):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told_if_full() -> Iterator[None]:
+    """Raise an ``UploadError`` where there is no room on the disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UploadError("the disk is full") from error
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.uploads import UploadError, UploadFolder, UploadWriter
+from tests.full_disk import file_size_limit
 from tests.waiting import until
 
 
@@ -151,21 +153,30 @@ async def test_an_upload_that_is_given_up_as_it_begins_leaves_nothing_behind(
     assert files_in(small_store) == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    folder = UploadFolder(tmp_path, 1 << 30)
+def test_a_full_disk_leaves_nothing(tmp_path):
+    folder = UploadFolder(tmp_path, 6_000)
     writer = folder.begin("npy")
+    with file_size_limit(4_096):
+        with pytest.raises(UploadError, match="disk is full"):
+            writer.write(b"x" * 5_000)
+        writer.discard()  # what it still had to write has no room either
+    assert list(tmp_path.iterdir()) == []
+    writer = folder.begin("npy")
+    writer.write(b"x" * 5_000)
+    assert writer.finish().num_bytes == 5_000
 
-    class Full:
-        def write(self, data):
-            raise OSError(28, "No space left on device")
 
-        def close(self):
-            pass
+def test_a_file_that_cannot_be_renamed_is_not_left(tmp_path, monkeypatch):
+    folder = UploadFolder(tmp_path, 6_000)
+    writer = folder.begin("npy")
+    writer.write(b"x" * 5_000)
 
-    writer._file.close()
-    writer._file = Full()
+    def full(source, target):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(UploadError, match="disk is full"):
-        writer.write(b"x")
+        writer.finish()
     writer.discard()
     assert list(tmp_path.iterdir()) == []
 
