@@ -27,7 +27,7 @@ from rectokens.catalog.sources import (
     require_batch_size,
 )
 from rectokens.catalog.tables import CODES_COLUMN
-from rectokens.core.atomic_file import atomic_file
+from rectokens.core.atomic_file import PARTIAL_PREFIX, atomic_file
 
 RESULT = "codes.parquet"
 _PLAN = "plan.json"
@@ -165,7 +165,8 @@ def claim_folder(plan: Plan, out: Path) -> list[Piece]:
                 f"{out} holds a run of another source, tokenizer or cut; take another folder"
             )
     else:
-        if out.exists() and any(out.iterdir()):
+        # What a run left that was killed as it began is nothing.
+        if out.exists() and any(not _is_partial(path) for path in out.iterdir()):
             raise EncodeError(f"{out} is not empty and holds no run")
         with atomic_file(written) as partial:
             partial.write_text(plan.digest)
@@ -247,7 +248,15 @@ def join_pieces(plan: Plan, out: Path, on_rows: Callable[[int], None] = lambda d
             writer.close()
     except (pa.ArrowException, OSError) as error:
         raise EncodeError(f"the pieces cannot be joined: {error}") from error
+    # All are there, so nothing is being written that is still needed.
+    for folder in (out, out / _PIECES):
+        for path in filter(_is_partial, folder.iterdir()):
+            path.unlink(missing_ok=True)
     return result
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(PARTIAL_PREFIX)
 
 
 def _table(batch: Any, copied: Sequence[str], codes: Any) -> Any:

@@ -28,6 +28,7 @@ from rectokens.artifacts.tokenizer import load_tokenizer, save_tokenizer
 from rectokens.catalog.encode import encode_source
 from rectokens.catalog.sources import open_embeddings
 from rectokens.catalog.tables import read_codes, read_table
+from rectokens.core.atomic_file import partial_sibling
 from rectokens.tokenizers.rq_kmeans import RQKMeansTokenizer
 
 DIM = 6
@@ -96,6 +97,24 @@ def test_an_interrupted_run_does_what_is_missing(artifact: Any, tmp_path: Path) 
     for piece in missing:
         encode_piece(artifact, plan, piece, out)
     assert len(pq.read_table(join_pieces(plan, out))) == 103
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(artifact: Any, tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    plan = make_plan(source, artifact, rows_per_piece=25)
+    left = partial_sibling(out)
+    left.write_text("")
+    missing = claim_folder(plan, out)
+    assert len(missing) == len(plan.pieces)
+    for piece in missing:
+        encode_piece(artifact, plan, piece, out)
+    of_a_worker = piece_path(out, missing[0]).with_name(left.name)
+    of_a_worker.write_bytes(b"PAR1")
+    result = join_pieces(plan, out)
+    assert not left.exists()
+    assert not of_a_worker.exists()
+    assert len(pq.read_table(result)) == 103
 
 
 def test_a_folder_is_of_one_run(artifact: Any, tmp_path: Path) -> None:
