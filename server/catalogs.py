@@ -304,7 +304,11 @@ class ReleaseFollower:
         _log.info("loading a release", release=version, serving=serving and serving.version)
         candidate = await self._call(self._source.load, version, serving)
         if serving is not None and candidate.engine is serving.engine:
-            await self._service.try_release(candidate, _TRY_S)
+            try:
+                await self._service.try_release(candidate, _TRY_S)
+            except BaseException:
+                self._discard(candidate)
+                raise
         return candidate
 
     async def _retired_gone(self) -> bool:
@@ -381,7 +385,10 @@ class ReleaseFollower:
             self._candidate = None
 
     def _discard(self, candidate: Release) -> None:
+        """Let go of what was loaded and is not going to be served."""
         self._service.retired.add(candidate, self._service.release)
+        # On the thread that loads: what the engine made for it takes a while to free.
+        self._pool.submit(candidate.engine.let_go, candidate.trie)
 
     def _take_over_first_failure(self) -> None:
         failure, self._source.first_failure = self._source.first_failure, None

@@ -70,6 +70,9 @@ class EngineBase:
         """Make what a catalog needs before it is searched; see ``SearchEngine``."""
         self._check_trie(trie)
 
+    def let_go(self, trie: CatalogTrie) -> None:
+        """Nothing was made for it; see ``SearchEngine``."""
+
     def begin(self, prepared: Any, has_left: HasLeft = nobody_left) -> RunningBatch | None:
         """Batches are run whole; see ``SearchEngine``."""
         return None

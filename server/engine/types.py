@@ -138,6 +138,13 @@ class SearchEngine(Protocol):
         """
         ...
 
+    def let_go(self, trie: CatalogTrie) -> None:
+        """Drop what was made for a catalog that is not going to be searched after all.
+
+        On any thread, none of which makes a catalog ready at that time.
+        """
+        ...
+
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> Any:
         """All that can be done for a batch before its turn: checked, padded, copied.
 

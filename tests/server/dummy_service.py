@@ -89,6 +89,9 @@ class DummyEngine:
     def get_ready(self, trie: CatalogTrie) -> None:
         """Needs nothing."""
 
+    def let_go(self, trie: CatalogTrie) -> None:
+        """Has nothing."""
+
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DummyBatch:
         thread = threading.current_thread().name
         with self._changed:

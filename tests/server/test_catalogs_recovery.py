@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -161,3 +162,36 @@ def test_at_the_start_the_one_before_has_the_memory_of_the_one_that_failed(
     version, why = source.first_failure
     assert version == small_store.releases[2]
     assert "no" in str(why)
+
+
+@pytest.mark.parametrize("way", ["refused", "late", "search fails"])
+async def test_an_engine_is_told_of_a_catalog_that_it_will_not_search(
+    start_app, small_store, monkeypatch, way
+):
+    """It may have made for it what takes as much memory as all its searches."""
+    monkeypatch.setattr("server.catalogs._CANDIDATE_S", 0.2)
+    running = await start(start_app, small_store)
+    engine, follower = running.service.release.engine, follower_of(running)
+    made, let_go, run = [], [], engine.run
+    engine.get_ready = lambda trie: made.append(weakref.ref(trie.row_ptrs))
+    engine.let_go = lambda trie: let_go.append(trie.row_ptrs is made[-1]())
+
+    def fails_on_the_new(prepared, *rest):
+        if prepared.trie.num_items == 50 and way == "search fails":
+            raise RuntimeError("made to order")
+        return run(prepared, *rest)
+
+    engine.run = fails_on_the_new
+    small_store.add(2, items=50)
+
+    async def before(serving):
+        pass
+
+    async def after(candidate):
+        return way == "late"
+
+    with suppress(ReleaseError):
+        await follower.prepare(small_store.releases[2], before, after)
+    await until(lambda: let_go)
+    assert let_go == [True]
+    await until(lambda: running.service.retired.gone and made[0]() is None)

@@ -107,15 +107,15 @@ class DeviceEngine(EngineBase):
     def get_ready(self, trie: CatalogTrie) -> None:
         """Capture searches for a catalog that has outgrown them, beside those that run.
 
-        They are kept until that catalog is searched or another one is made ready.
+        They are kept until that catalog is searched or let go, or another one is made ready.
 
         Raises:
             ValueError: the catalog does not fit the model.
         """
         self._check_trie(trie)
+        self._made = None
         if self._searches.takes(trie):
             return
-        self._made = None
         try:
             with torch.inference_mode():
                 made = self._searches.beside(trie)
@@ -123,6 +123,12 @@ class DeviceEngine(EngineBase):
             logger.warning("no memory to capture searches beside others: %s", error)
             return
         self._made = trie.row_ptrs, made
+
+    def let_go(self, trie: CatalogTrie) -> None:
+        """Drop the searches that were made for a catalog; see ``SearchEngine``."""
+        made = self._made
+        if made is not None and made[0] is trie.row_ptrs:
+            self._made = None
 
     def prepare(self, requests: Sequence[SearchRequest], trie: CatalogTrie) -> DeviceBatch:
         """Check a batch and copy its filters to the device. Any thread may, at any time.

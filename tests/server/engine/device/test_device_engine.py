@@ -172,6 +172,27 @@ def test_one_catalog_at_most_is_kept_ready(tiny_lm: Callable[..., Any]) -> None:
     assert first() is None
 
 
+def test_what_was_made_for_a_catalog_that_is_not_taken_goes_with_it(
+    tiny_lm: Callable[..., Any],
+) -> None:
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    request = SearchRequest((7, 8, 9), 4, 4)
+    small, other = (random_catalog(3, items)[0] for items in (6, 120))
+    expected = engine.search([request], small).results
+    for let_go in (engine.let_go, lambda _: engine.get_ready(small)):
+        large = random_catalog(3, 125)[0]
+        engine.get_ready(large)
+        engine.let_go(other)
+        assert engine._made is not None
+        arrays = weakref.ref(large.row_ptrs)
+        let_go(large)
+        del large
+        gc.collect()
+        assert arrays() is None
+    assert engine.search([request], small).results == expected
+
+
 def test_long_prompts_are_computed_in_several_passes(
     tiny_lm: Callable[..., Any], engines: dict[str, DeviceEngine]
 ) -> None:
