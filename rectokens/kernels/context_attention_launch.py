@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_triton as kernels
-from rectokens.kernels import pipelined_launch
+from rectokens.kernels import paired_launch, pipelined_launch
 from rectokens.kernels.compile_ahead import launcher
 from rectokens.kernels.launch_device import multiprocessors, on_device
 from rectokens.kernels.optional_triton import triton
@@ -62,6 +62,19 @@ def fits(query: Tensor, keys: Tensor) -> bool:
     """Whether the kernels take these tensors."""
     dim = query.shape[-1]
     return takes(dim, query.dtype) and keys.dtype == query.dtype and keys.shape[-1] == dim
+
+
+def long_from(dim: int, dtype: torch.dtype, page_size: int, device: torch.device,
+              rows: int) -> int | None:  # fmt: skip
+    """Positions from which on a prompt is long, among so many rows of prompts.
+
+    None where prompts of any length go the same way.
+    """
+    cut_rows = prompt_tile(dim, dtype).rows
+    if not paired_launch.takes(dim, dtype, page_size, cut_rows, device):
+        return None
+    least = paired_launch.MIN_POSITIONS
+    return least if paired_launch.is_worthwhile(rows, least) else None
 
 
 def takes_bulk(dim: int, dtype: torch.dtype, page_size: int, tile: AttentionTile,
@@ -124,6 +137,8 @@ def launch_prompt(
     cut_rows: int | None = None,
     bulk: bool | None = None,
     pipelined: bool | None = None,
+    longest: int = 0,
+    paired: bool | None = None,
 ) -> None:
     """Causal attention of packed prompts; rows of ``out`` that no tile covers are left alone.
 
@@ -146,12 +161,36 @@ def launch_prompt(
         bulk: whether to load by bulk tensor copies; None for where that is possible.
         pipelined: whether to overlap blocks, which goes without ``tile`` and ``bulk``; None for
             where that is possible.
+        longest: positions of the longest prompt; 0 where that is not known.
+        paired: whether two groups of warps share keys and values, which goes where blocks can
+            overlap; None for where that is possible and prompts are long.
     """
     rows, heads, dim = query.shape
     usual = tile or prompt_tile(dim, query.dtype)
-    if pipelined is None:
-        pipelined = _can_pipeline(query, keys, tile, window, softcap, bulk)
-    if pipelined:
+    cut_rows = cut_rows or usual.rows
+    overlaps = _can_pipeline(query, keys, tile, window, softcap, bulk)
+    if paired is None:
+        paired = (
+            pipelined is None
+            and overlaps
+            and paired_launch.takes(dim, query.dtype, keys.shape[2], cut_rows, query.device)
+            and paired_launch.is_worthwhile(rows, longest)
+        )
+    if paired:
+        paired_launch.launch_prompt(
+            query,
+            keys,
+            values,
+            tile_request,
+            tile_start,
+            query_starts,
+            lengths,
+            page_table,
+            out,
+            scale=scale,
+        )
+        return
+    if overlaps if pipelined is None else pipelined:
         pipelined_launch.launch_prompt(
             query,
             keys,
@@ -163,7 +202,7 @@ def launch_prompt(
             page_table,
             out,
             scale=scale,
-            cut_rows=cut_rows or usual.rows,
+            cut_rows=cut_rows,
         )
         return
     if bulk is None:
@@ -173,7 +212,7 @@ def launch_prompt(
     with on_device(query.device):
         launcher(
             kernels.prompt_kernel,
-            (heads, tile_request.shape[0], (cut_rows or usual.rows) // tile.rows),
+            (heads, tile_request.shape[0], cut_rows // tile.rows),
         )(
             query,
             keys,

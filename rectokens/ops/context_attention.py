@@ -59,6 +59,8 @@ class PackedPrompts:
         tile_start: int32 (tiles,), first row of each tile, counted within the request. Rows
             that no tile covers get no result.
         tile_rows: rows of a tile.
+        longest: positions of the longest prompt, by which a kernel is chosen; 0 where that is not
+            known, or tiles are of few rows. No result depends on it.
     """
 
     query_starts: Tensor
@@ -67,6 +69,7 @@ class PackedPrompts:
     tile_request: Tensor
     tile_start: Tensor
     tile_rows: int
+    longest: int = 0
 
 
 def prompt_tile_rows(dim: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -82,6 +85,30 @@ def prompt_tile_rows(dim: int, dtype: torch.dtype, device: torch.device) -> int:
 
         return prompt_tile(dim, dtype).rows
     return 64
+
+
+def long_prompts_from(
+    dim: int, dtype: torch.dtype, page_size: int, device: torch.device, rows: int
+) -> int | None:
+    """Positions from which on :func:`prompt_attention` computes a prompt in another way.
+
+    What is captured for prompts of any length is worth capturing twice then.
+
+    Args:
+        dim: D.
+        dtype: of queries and keys.
+        page_size: positions of a page.
+        device: where they are.
+        rows: of the prompts together.
+
+    Returns:
+        None where all go the same way.
+    """
+    if not has_kernel(dim, dtype, device):
+        return None
+    from rectokens.kernels.context_attention_launch import long_from
+
+    return long_from(dim, dtype, page_size, device, rows)
 
 
 def has_kernel(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -133,6 +160,7 @@ def prompt_attention(
                 scale=rule.scale,
                 window=rule.window,
                 softcap=rule.softcap,
+                longest=prompts.longest,
             )
             return out
     return prompt_attention_reference(query, keys, values, prompts, rule)

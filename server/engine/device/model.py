@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectokens.ops.context_attention import has_kernel, prompt_tile_rows
+from rectokens.ops.context_attention import has_kernel, long_prompts_from, prompt_tile_rows
 from rectokens.ops.head_norm import head_logits, linear_logsumexp
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import NORMALIZATIONS
@@ -125,12 +125,18 @@ class DeviceModel:
                 requests=len(part),
                 pages=max(len(piece.pages) for piece in part),
                 tile_rows=self.tile_rows,
+                longest=max(piece.end for piece in part),
             )
             block = PromptBlock(capacity, self.pool)
             block.fill(part)
             hidden = self.prompt_pass(block, part)
             found.append(hidden[: sum(piece.is_end for piece in part)])
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def long_prompts_from(self, rows: int) -> int | None:
+        """Positions from which on a prompt of a pass is computed in another way, if at all."""
+        shape = next(iter(self.pool.shapes.values()))
+        return long_prompts_from(shape.key_dim, self.dtype, self.pool.page_size, self.device, rows)
 
     def prompt_pass(self, block: PromptBlock, part: Sequence[PromptSlice] = ()) -> Tensor:
         """One pass of a block that was filled: hidden states at ``last_rows``.

@@ -50,8 +50,10 @@ class PromptPasses:
         self._model = model
         self._requests = requests
         self._pages = pages
-        self._rows = tuple(rows) if capture and model.device.type == "cuda" else ()
-        self._ready: dict[int, tuple[PromptBlock, Callable[[], Tensor]]] = {}
+        self._rows = tuple(sorted(rows)) if capture and model.device.type == "cuda" else ()
+        # By rows, then by whether prompts are long, where that makes a difference.
+        self._ready: dict[tuple[int, bool], tuple[PromptBlock, Callable[[], Tensor]]] = {}
+        self._long_from: dict[int, int] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -60,16 +62,22 @@ class PromptPasses:
             return
         stream = torch.cuda.Stream(self._model.device)
         memory = torch.cuda.graph_pool_handle()
-        calls: dict[int, tuple[PromptBlock, Callable[[], Tensor]]] = {}
+        calls: dict[tuple[int, bool], tuple[PromptBlock, Callable[[], Tensor]]] = {}
         for rows in reversed(self._rows):
-            capacity = Capacity(rows, self._requests, self._pages, self._model.tile_rows)
-            block = PromptBlock(capacity, self._model.pool)
-            block.fill(())  # no request: nothing is stored while the call is tried
-            calls[rows] = block, partial(self._model.prompt_pass, block)
+            long_from = self._model.long_prompts_from(rows)
+            if long_from is not None:
+                self._long_from[rows] = long_from
+            for longest in (0,) if long_from is None else (0, long_from):
+                capacity = Capacity(
+                    rows, self._requests, self._pages, self._model.tile_rows, longest
+                )
+                block = PromptBlock(capacity, self._model.pool)
+                block.fill(())  # no request: nothing is stored while the call is tried
+                calls[rows, longest > 0] = block, partial(self._model.prompt_pass, block)
         compile_ahead(call for _, call in calls.values())
-        for rows, (block, call) in calls.items():
+        for kind, (block, call) in calls.items():
             try:
-                self._ready[rows] = (block, CapturedCall(call, stream, memory))
+                self._ready[kind] = (block, CapturedCall(call, stream, memory))
             except CaptureError as error:
                 logger.warning("passes over prompts run uncaptured: %s", error)
                 self._ready.clear()
@@ -80,15 +88,25 @@ class PromptPasses:
         """Compute prompts; see :meth:`DeviceModel.run_prompts`."""
         if not self._ready or any(piece.embeds is not None for piece in slices):
             return self._model.run_prompts(slices)
-        passes = share_out(slices, sorted(self._ready), self._requests)
+        passes = share_out(slices, self._rows, self._requests)
         found = []
         for rows, part in passes:
-            block, run = self._ready[rows]
+            block, run = self._ready[rows, is_long(part, self._long_from.get(rows))]
             block.fill(part)
             ends = run()[: sum(piece.is_end for piece in part)]
             # The next pass may use the same memory.
             found.append(ends if len(passes) == 1 else ends.clone())
         return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def is_long(part: Sequence[PromptSlice], long_from: int | None) -> bool:
+    """Whether a pass is computed as one of long prompts.
+
+    Args:
+        part: its slices.
+        long_from: positions from which on a prompt is long; None where none is.
+    """
+    return long_from is not None and any(piece.end >= long_from for piece in part)
 
 
 def share_out(

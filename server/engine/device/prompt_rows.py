@@ -103,12 +103,14 @@ class Capacity:
         requests: B.
         pages: width of the page table.
         tile_rows: rows of an attention tile.
+        longest: positions of the longest prompt that attention is prepared for; any is computed.
     """
 
     rows: int
     requests: int
     pages: int
     tile_rows: int
+    longest: int = 0
 
     @property
     def tiles(self) -> int:
@@ -153,7 +155,7 @@ class PromptBlock:
         self.tokens = view["tokens"]
         table = view["page_table"].view(capacity.requests, capacity.pages)
 
-        def packed(request: str, start: str) -> PackedPrompts:
+        def packed(request: str, start: str, longest: int = 0) -> PackedPrompts:
             return PackedPrompts(
                 query_starts=view["query_starts"],
                 lengths=view["lengths"],
@@ -161,12 +163,13 @@ class PromptBlock:
                 tile_request=view[request],
                 tile_start=view[start],
                 tile_rows=capacity.tile_rows,
+                longest=longest,
             )
 
         self.forward_pass = PromptPass(
             positions=view["positions"],
             slots=view["slots"],
-            prompts=packed("tile_request", "tile_start"),
+            prompts=packed("tile_request", "tile_start", capacity.longest),
             last=packed("last_request", "last_start"),
             last_rows=view["last_rows"],
             pool=pool,

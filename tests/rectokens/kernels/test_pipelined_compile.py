@@ -1,4 +1,4 @@
-"""The pipelined attention kernels compile for Hopper without a GPU and overlap what they should."""
+"""Attention kernels in Gluon compile for Hopper without a GPU and overlap what they should."""
 
 import re
 import subprocess
@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from rectokens.kernels import paired_attention, paired_launch
 from rectokens.kernels import pipelined_attention as kernels
 from rectokens.kernels import pipelined_launch as launch
 
@@ -24,16 +25,16 @@ SHARED_MEMORY_LIMIT = 227 * 1024
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def compile_(kernel, tmp_path, tile, dim, dtype):
-    """The compiled kernel, after the checks that all must pass."""
-    constants = {"GROUP": 2, "PAGE": 64, "M": tile.rows, "STAGES": tile.stages}
+def compile_(kernel, tmp_path, constants, width, dtype):
+    """The compiled kernel, after the checks that all must pass; bulk copies are so wide."""
+    constants = {"GROUP": 2, "PAGE": 64, **constants}
     layout = gl.NVMMASharedLayout(128, 16, 2)
 
     def kind(name):
         if name in constants:
             return "constexpr"
         if name.endswith("_desc"):
-            return f"tensordesc<{TYPES[dtype]}[{launch.BLOCK}, {dim}],{layout!r}>"
+            return f"tensordesc<{TYPES[dtype]}[{launch.BLOCK}, {width}],{layout!r}>"
         if name in ("query_ptr", "out_ptr"):
             return f"*{TYPES[dtype]}"
         if name in ("part_ptr", "part_norm_ptr"):
@@ -48,7 +49,7 @@ def compile_(kernel, tmp_path, tile, dim, dtype):
         constexprs={(place(name),): value for name, value in constants.items()},
         attrs={(place(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    compiled = triton.compile(source, target=HOPPER, options={"num_warps": tile.warps})
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": 4})
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run(
@@ -64,7 +65,36 @@ def compile_(kernel, tmp_path, tile, dim, dtype):
 @pytest.mark.parametrize("kernel", [kernels.prompt_kernel, kernels.context_kernel])
 @pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
 def test_compiles_and_overlaps(tmp_path, kernel, dim, dtype):
-    compiled = compile_(kernel, tmp_path, launch.TILE, dim, dtype)
+    tile = launch.TILE
+    assert tile.warps == 4
+    compiled = compile_(kernel, tmp_path, {"M": tile.rows, "STAGES": tile.stages}, dim, dtype)
+    assert_overlaps(compiled, tmp_path)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
+def test_paired_compiles_and_overlaps(tmp_path, dim, dtype):
+    tile = paired_launch.TILE
+    constants = {
+        "M": tile.rows // 2,
+        "DIM": dim,
+        "STAGES": tile.stages,
+        "GROUP_REGISTERS": tile.group_registers,
+        "COPY_REGISTERS": tile.copy_registers,
+    }
+    compiled = compile_(paired_attention.prompt_kernel, tmp_path, constants, 64, dtype)
+    assert_overlaps(compiled, tmp_path)
+    ptx = compiled.asm["ptx"]
+    # Two groups of four warps, and the copying one with what fills up its own four.
+    assert compiled.metadata.num_warps == 12
+    assert f"setmaxnreg.inc.sync.aligned.u32 \t{tile.group_registers}" in ptx
+    # One thread tells that a group has read something, for all four warps.
+    told = re.findall(r"(wgmma\.wait_group|bar\.sync|mbarrier\.arrive\.shared)", ptx)
+    before = [told[i - 1] for i, event in enumerate(told) if event.startswith("mbarrier.arrive")]
+    assert len(before) >= 8
+    assert set(before) == {"bar.sync"}
+
+
+def assert_overlaps(compiled, tmp_path):
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
     source = tmp_path / "kernel.ptx"
     source.write_text(compiled.asm["ptx"])

@@ -1,13 +1,15 @@
-"""Attention over pages on CUDA, pipelined, by bulk copies and without: the definition's results."""
+"""Attention over pages on CUDA, by any of the kernels: the definition's results."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from rectokens.kernels import context_attention_launch as launch
-from rectokens.kernels import pipelined_launch
+from rectokens.kernels import paired_launch, pipelined_launch
 from rectokens.ops.context_attention import (
     PackedPrompts,
     ScoreRule,
@@ -55,6 +57,114 @@ def pipelined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return bool(request.param)
 
 
+@pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each launch whose groups of warps share keys."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("goes another way")
+    rows: list[int] = []
+    real = paired_launch.launch_prompt
+
+    def launch_prompt(query: Tensor, *rest: Tensor, scale: float) -> None:
+        rows.append(len(query))
+        real(query, *rest, scale=scale)
+
+    monkeypatch.setattr(paired_launch, "launch_prompt", launch_prompt)
+    return rows
+
+
+@pytest.fixture
+def always_paired(paired: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The same, and all launches that can are of that kind."""
+    monkeypatch.setattr(paired_launch, "is_worthwhile", lambda *_: True)
+    return paired
+
+
+@dataclass(frozen=True)
+class Case:
+    """Packed prompts and what their attention reads."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    packed: PackedPrompts
+
+    def found(self, rule: ScoreRule = RULES[0]) -> Tensor:
+        return prompt_attention(self.query, self.keys, self.values, self.packed, rule)
+
+    def wanted(self, rule: ScoreRule = RULES[0]) -> Tensor:
+        sides = (self.query.float(), self.keys.float(), self.values.float())
+        return prompt_attention_reference(*sides, self.packed, rule)
+
+
+def case_of(
+    counts: list[int], cached: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> Case:
+    lengths = [a + b for a, b in zip(counts, cached, strict=True)]
+    keys, values, table = pages(lengths, kv_heads, dim, dtype)
+    query = torch.randn(sum(counts), (heads + 8) * dim, device=DEVICE).to(dtype)
+    query = query[:, : heads * dim].unflatten(1, (heads, dim))
+    rows = prompt_tile_rows(dim, dtype, DEVICE)
+    requests, starts = cut_into_tiles(counts, lengths, rows)
+    packed = PackedPrompts(
+        torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(),
+        torch.tensor(lengths, device=DEVICE).int(),
+        table,
+        torch.tensor([*requests, -1], device=DEVICE).int(),
+        torch.tensor([*starts, 0], device=DEVICE).int(),
+        rows,
+        max(lengths),
+    )
+    return Case(query, keys, values, packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("counts", "cached"),
+    [
+        ([300, 1, 64], [0, 63, 640]),
+        ([1100], [0]),
+        ([1900, 700], [0, 1]),
+        ([5], [2000]),
+        ([128, 129, 127, 192, 63, 65], [0, 128, 1, 64, 500, 37]),
+        # All ways in which two groups' last turns can differ, and ends of prompts within them.
+        ([n % 140 + 1 for n in range(0, 140 * 9, 41)], [n * 17 % 300 for n in range(31)]),
+    ],
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 4, 64), (8, 4, 128), (40, 8, 128)])
+def test_groups_that_share_keys(
+    counts: list[int],
+    cached: list[int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    always_paired: list[int],
+) -> None:
+    case = case_of(counts, cached, heads, kv_heads, dim, dtype)
+    found = case.found()
+    assert torch.allclose(found.float(), case.wanted(), rtol=0, atol=TOLERANCE[dtype])
+    assert always_paired == [sum(counts)]
+
+
+def test_groups_that_share_keys_never_meet_what_was_overwritten(paired: list[int]) -> None:
+    case = case_of([5000, 3000, 900, 2500], [0, 1111, 0, 2499], 16, 8, 128, torch.bfloat16)
+    first = case.found()
+    assert torch.allclose(first.float(), case.wanted(), rtol=0, atol=2e-2)
+    for _ in range(50):
+        assert torch.equal(case.found(), first)
+    assert len(paired) == 51
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(2500, [5500]), (1000, [])])
+def test_groups_share_keys_of_long_prompts(
+    longest: int, expected: list[int], paired: list[int]
+) -> None:
+    case = case_of([longest, *[1000] * 3], [0] * 4, 8, 4, 128, torch.bfloat16)
+    assert torch.allclose(case.found().float(), case.wanted(), rtol=0, atol=2e-2)
+    assert paired == expected
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
@@ -72,23 +182,8 @@ def test_prompts(
 ) -> None:
     if pipelined and (dtype == torch.float32 or rule != RULES[0]):
         pytest.skip("goes the plain way")
-    heads, kv_heads = 8, 4
-    lengths = [a + b for a, b in zip(counts, cached, strict=True)]
-    keys, values, table = pages(lengths, kv_heads, dim, dtype)
-    query = torch.randn(sum(counts), (heads + 8) * dim, device=DEVICE).to(dtype)
-    query = query[:, : heads * dim].unflatten(1, (heads, dim))
-    rows = prompt_tile_rows(dim, dtype, DEVICE)
-    requests, starts = cut_into_tiles(counts, lengths, rows)
-    packed = PackedPrompts(
-        torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(),
-        torch.tensor(lengths, device=DEVICE).int(),
-        table,
-        torch.tensor([*requests, -1], device=DEVICE).int(),
-        torch.tensor([*starts, 0], device=DEVICE).int(),
-        rows,
-    )
-    wanted = prompt_attention_reference(query.float(), keys.float(), values.float(), packed, rule)
-    found = prompt_attention(query, keys, values, packed, rule)
+    case = case_of(counts, cached, 8, 4, dim, dtype)
+    found, wanted = case.found(rule), case.wanted(rule)
     assert torch.allclose(found.float(), wanted, rtol=0, atol=TOLERANCE[dtype])
     bulk = launch.takes_bulk(dim, dtype, 64, launch.prompt_tile(dim, dtype), DEVICE)
     assert bulk is (dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (9, 0))

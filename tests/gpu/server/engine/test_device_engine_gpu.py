@@ -148,7 +148,7 @@ def test_searches_are_captured_and_survive_a_catalog_swap(
         before, graphs = graphs, captured_searches(engine)
         assert set(graphs) == set(OPTIONS.buckets.shapes())
         assert before is None or before == graphs
-    assert set(engine._passes._ready) == set(OPTIONS.prompt_rows)
+    assert set(engine._passes._ready) == {(rows, False) for rows in OPTIONS.prompt_rows}
 
 
 def test_a_catalog_that_outgrows_the_shapes_is_captured_anew(
