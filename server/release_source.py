@@ -51,13 +51,8 @@ class ReleaseSource:
         """
         try:
             return self._store.active()
-        except (ArtifactError, OSError) as error:
-            raise ReleaseError(f"the store cannot be read: {error}") from error
         except Exception as error:
-            # Drivers of object stores each have errors of their own.
-            raise ReleaseError(
-                f"the store cannot be read: {type(error).__name__}: {error}"
-            ) from error
+            raise ReleaseError(f"the store cannot be read: {_told(error)}") from error
 
     def load(self, version: str, beside: Release | None) -> Release:
         """Load a release, verify it and, where it brings its own model, try it.
@@ -73,6 +68,9 @@ class ReleaseSource:
         """
         try:
             artifact = self._store.open_release(version)
+        except Exception as error:
+            raise ReleaseError(_told(error)) from error
+        try:
             kept = beside is not None and beside.model_version == artifact.model_version
             device = _device(self._settings) if beside is None else beside.trie.device
             need = memory_need(
@@ -114,7 +112,8 @@ class ReleaseSource:
             stop: ends the wait.
 
         Raises:
-            ReleaseError: neither could be loaded; or the wait was ended.
+            ReleaseError: neither could be loaded, or the store cannot be read at the first look; or
+                the wait was ended.
         """
         active = self.active()
         if active is None:
@@ -122,7 +121,10 @@ class ReleaseSource:
         while active is None:
             if stop.wait(poll_s):
                 raise ReleaseError("stopped before a release was active")
-            active = self.active()
+            try:
+                active = self.active()
+            except ReleaseError as error:
+                _log.error("still waiting for a release", reason=str(error))
         try:
             return self.load(active.release, None)
         except Exception as error:
@@ -145,6 +147,12 @@ class ReleaseSource:
             raise why from None
         self.first_failure = (active.release, why)
         return release
+
+
+def _told(error: Exception) -> str:
+    """Drivers of object stores each have errors of their own, which only their names explain."""
+    ours = isinstance(error, (ArtifactError, OSError))
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def _device(settings: Settings) -> torch.device:
