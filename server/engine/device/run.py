@@ -80,9 +80,14 @@ class DeviceRun:
             EngineBrokenError: the device does not work any more.
         """
         self.settle()
-        self._ended(self, self._error)
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            self._ended(self, error)
+            if error is not None:
+                raise error
+        finally:
+            # Its frames have this run, which would stay in memory in a cycle, and its batch too.
+            del error
         return BatchOutcome(
             tuple(r for r in self.results if r is not None),
             self._seconds[0],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -118,6 +121,36 @@ def test_one_that_fails_leaves_the_others_alone(
     third = engine.start(batch)
     assert first.finish().results == third.finish().results == expected
     assert engine._cache.available_pages == free
+
+
+@pytest.mark.parametrize("where", ["beginning", "end", "another's turn"])
+def test_one_that_fails_is_in_memory_no_longer_than_its_caller_has_it(
+    where: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its searches gave and its filters would stay until garbage is collected."""
+    engine = make_engine()
+    trie, _ = random_catalog(2, 30)
+    request = SearchRequest((1, 2), 4, 4, allowed_items=torch.tensor([1, 2, 3]))
+    batch = engine.prepare([request], trie)
+    filters = weakref.ref(batch.requests[0].allowed_prefix)
+    broken = "server.engine.device.answers.answer_columns"
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            if where == "beginning":
+                patch.setattr(type(engine._model), "beam_pass", _fail)
+            run = None if where == "beginning" else engine.start(batch)
+            patch.setattr(broken, _fail)
+            if where == "another's turn":
+                other, _ = random_catalog(3, 30)
+                engine.start(engine.prepare([SearchRequest((1, 2), 4, 4)], other))
+            with pytest.raises(RuntimeError, match="a kernel failed"):
+                _ = run.finish() if run is not None else engine.start(batch)
+        del run, batch
+        engine._searches._ready.clear()  # they have the filters of their last batch
+        assert filters() is None
+    finally:
+        gc.enable()
 
 
 def test_who_has_left_by_the_beginning_costs_nothing(make_engine: MakeEngine) -> None:
