@@ -23,7 +23,7 @@ from rectokens.prompts.builder import PromptBuilder
 from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest
-from server.engine.types import EngineFault, SearchEngine
+from server.engine.types import MEMORY_ERRORS, EngineFault, SearchEngine
 from server.heap import pass_over_imports
 from server.threads import share_with_launches
 
@@ -120,6 +120,8 @@ def load_parts(
     except (ValueError, OSError) as error:
         # ArtifactError and the loaders' own errors name the file and the values.
         raise ReleaseError(str(error)) from error
+    except MEMORY_ERRORS as error:
+        raise ReleaseError(f"the release needs more memory than there is now: {error}") from error
 
 
 def require_gpu() -> None:
@@ -242,7 +244,11 @@ def warm_up(release: Release) -> None:
     Raises:
         ReleaseError: the search failed.
     """
-    (result,) = release.engine.search([start_request(release)], release.trie).results
+    try:
+        (result,) = release.engine.search([start_request(release)], release.trie).results
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ReleaseError(f"the model cannot search the catalog: {reason}") from error
     if isinstance(result, EngineFault):
         raise ReleaseError(f"the model cannot search the catalog: {result.message}")
 

@@ -21,6 +21,7 @@ from server.engine.pool_setup import PoolOptions, attach_pool, logit_difference
 from server.engine.prompt_leases import Prompts
 from server.engine.recompute_runner import RecomputeRunner
 from server.engine.runners import PerBeamRunner, Runner, SharedContextRunner
+from server.engine.types import MEMORY_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def load_engine(
     Raises:
         ValueError: a folder that holds no causal LM, or one the item tokens do not fit, or FP8 is
             wanted and the device or the model cannot do it.
+        MemoryError, torch.OutOfMemoryError: for want of memory nothing can be said of the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,6 +107,7 @@ def build_engine(
     Raises:
         ValueError: the vocabulary ends before the item tokens do, or the pool's memory holds not
             even one page, or FP8 is wanted and the device or the model cannot do it.
+        MemoryError, torch.OutOfMemoryError: see :func:`load_engine`.
     """
     model = _unwrap(model).eval()
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
@@ -199,6 +202,8 @@ def _tried(
         runner = kind(model, item_tokens)
         with torch.inference_mode():
             difference = logit_difference(expected, _probe(runner, item_tokens, model))
+    except MEMORY_ERRORS:  # the slower one would be taken for as long as the model is loaded
+        raise
     except Exception as why:  # any failure of a fast way means that a slower one is taken
         return None, f"{type(why).__name__}: {why}"
     if difference <= _TOLERANCE[model.dtype]:

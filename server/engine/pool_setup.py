@@ -15,6 +15,7 @@ from server.engine.positions import max_positions
 from server.engine.prefix_cache import PrefixCache
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import SharedContextRunner
+from server.engine.types import MEMORY_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def attach_pool(runner: SharedContextRunner, options: PoolOptions, tolerance: fl
 
     Raises:
         ValueError: the memory holds no page, or the page size is no multiple of 16.
+        MemoryError, torch.OutOfMemoryError: memory was too small to try it.
     """
     positions = max_positions(runner.decoder.config)
     if positions < _TRIAL_LENGTHS[-1] + runner.item_tokens.num_levels:
@@ -135,6 +137,8 @@ def _difference(
         found = _logits(runner, prompts)
         if runner.pool.cache.counts.hit_tokens == 0:
             return float("inf")
+    except MEMORY_ERRORS:
+        raise
     except Exception:
         logger.warning("a kept prompt cannot be run by this model", exc_info=True)
         return float("inf")

@@ -30,6 +30,11 @@ class EngineBrokenError(RuntimeError):
     """
 
 
+# Memory that was too small, on the host or a device: it says nothing of what it was wanted for, and
+# may be there the next time.
+MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
     """Answers in the order of the requests, and where the time went.

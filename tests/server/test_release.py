@@ -182,3 +182,22 @@ def test_the_command_ends_with_1_and_one_message(tmp_path):
     assert result.stderr.startswith("error: ")
     assert "nowhere" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("8 GiB"), MemoryError("8 GiB")])
+def test_memory_that_is_too_small_is_told(store, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("server.engine.runners.SharedContextRunner.__init__", fail)
+    with pytest.raises(ReleaseError, match=r"memory.*8 GiB"):
+        load(release=store["release"])
+
+
+def test_a_search_that_raises_is_a_model_that_cannot_search(store, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("made to order")
+
+    monkeypatch.setattr("server.engine.engine.Engine.run", fail)
+    with pytest.raises(ReleaseError, match=r"cannot search.*made to order"):
+        load(release=store["release"])

@@ -27,6 +27,7 @@ from server.engine.pool_setup import PoolOptions, logit_difference, pool_bytes
 from server.engine.positions import max_positions
 from server.engine.prefix_cache import PrefixCache
 from server.engine.runners import Runner
+from server.engine.types import MEMORY_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,13 @@ def build_device_engine(
 
     Raises:
         ValueError: the memory for context KV holds no page.
+        MemoryError, torch.OutOfMemoryError: memory was too small to try anything.
     """
     attention = model.config._attn_implementation
     try:
         seen = observe(model)
+    except MEMORY_ERRORS:  # the other way would be gone for as long as the model is loaded
+        raise
     except Exception:  # an odd model is run another way
         logger.warning("the model cannot be observed, and is run without pages", exc_info=True)
         return None
@@ -94,6 +98,8 @@ def build_device_engine(
         except NotRecognisedError as why:
             logger.info("the model is not run %s: %s", name, why)
             continue
+        except MEMORY_ERRORS:
+            raise
         except Exception as why:  # any failure of a fast way means that the next one is taken
             logger.warning("the model is not run %s: %s", name, why)
             continue
