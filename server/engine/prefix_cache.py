@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,12 @@ _DIGEST_BYTES = 32
 _TOKEN_BYTES = array("q").itemsize
 
 TokenIds = Sequence[int] | NDArray[np.int64]
+
+
+def _bytes_of(token_ids: TokenIds) -> bytes:
+    if isinstance(token_ids, np.ndarray):
+        return token_ids.tobytes()
+    return array("q", token_ids).tobytes()
 
 
 class OutOfPagesError(RuntimeError):
@@ -69,8 +75,10 @@ class Lease:
     pages: tuple[int, ...]
     num_tokens: int
     cached_tokens: int
-    # Digests of the full pages; those of pages that were not leased included.
-    _digests: tuple[bytes, ...] = ()
+    # Digests of the first full pages, as far as they were looked up; the rest is made of these
+    # bytes, when it is wanted.
+    _digests: list[bytes] = field(default_factory=list)
+    _token_bytes: bytes = b""
     _shared: list[int] = field(default_factory=list)  # pages this lease counts as a reference of
     _private: list[int] = field(default_factory=list)  # pages that go back to the free ones
     _committed: bool = False
@@ -163,17 +171,21 @@ class PrefixCache:
             OutOfPagesError: not enough pages even after eviction; nothing has changed then.
             ValueError: an empty prompt.
         """
-        digests = self._digests(token_ids) if self.enabled else ()
+        if not self.enabled:
+            return self._lease(len(token_ids), [], whole)
+        token_bytes = _bytes_of(token_ids)
         found: list[int] = []
-        for digest in digests[: (len(token_ids) - 1) // self.page_size]:
+        digests: list[bytes] = []
+        for digest in self._digests(token_bytes, (len(token_ids) - 1) // self.page_size):
+            digests.append(digest)
             page = self._page_of.get(digest)
             if page is None:
                 break
             found.append(page)
-        lease = self._lease(len(token_ids), found, digests, whole)
-        if self.enabled:
-            self.counts.queried_tokens += lease.num_tokens
-            self.counts.hit_tokens += lease.cached_tokens
+        lease = self._lease(len(token_ids), found, whole)
+        lease._digests, lease._token_bytes = digests, token_bytes
+        self.counts.queried_tokens += lease.num_tokens
+        self.counts.hit_tokens += lease.cached_tokens
         return lease
 
     def acquire_private(self, num_tokens: int, *, whole: bool = True) -> Lease:
@@ -182,7 +194,18 @@ class PrefixCache:
         Raises:
             As :meth:`acquire`.
         """
-        return self._lease(num_tokens, [], (), whole)
+        return self._lease(num_tokens, [], whole)
+
+    def get_ready(self, lease: Lease) -> None:
+        """Do what :meth:`commit` will need and what nobody waits for while a prompt is computed.
+
+        Of a long prompt that nobody has sent before, that is most of its digests.
+        """
+        known = len(lease._digests)
+        lease._digests += self._digests(
+            lease._token_bytes, known=known, parent=lease._digests[-1] if known else None
+        )
+        lease._token_bytes = b""
 
     def commit(self, lease: Lease) -> None:
         """Let others find the full pages of a prompt, which now hold its keys and values.
@@ -197,9 +220,15 @@ class PrefixCache:
         if lease._committed:
             return
         lease._committed = True
+        if lease._token_bytes:
+            self.get_ready(lease)
         first = lease.cached_tokens // self.page_size
+        digests, pages = lease._digests[first:], lease.pages[first:]
+        if self._page_of.keys().isdisjoint(digests):
+            self._commit_new(lease, dict(zip(digests, pages, strict=False)))
+            return
         found = set()
-        for digest, page in list(zip(lease._digests, lease.pages, strict=False))[first:]:
+        for digest, page in zip(digests, pages, strict=False):
             # Another prompt may have been first. Its page counts as used by this one as well, or
             # it could be evicted before its continuations.
             known = self._page_of.setdefault(digest, page)
@@ -208,6 +237,16 @@ class PrefixCache:
                 found.add(page)
             self._share(known, lease)
         lease._private = [page for page in lease._private if page not in found]
+
+    def _commit_new(self, lease: Lease, new: dict[bytes, int]) -> None:
+        """What ``commit`` does where nobody was first, in a few calls: pages may be thousands."""
+        pages = list(new.values())
+        self._page_of.update(new)
+        self._digest_of.update(zip(pages, new, strict=True))
+        self._references.update(dict.fromkeys(pages, 1))
+        lease._shared += pages
+        # A lease's private pages are its last ones, in order.
+        lease._private = lease._private[len(pages) :]
 
     def release(self, lease: Lease) -> None:
         """Give the pages back: findable ones stay cached, the others become free.
@@ -231,24 +270,32 @@ class PrefixCache:
         for page in list(self._idle):
             self._forget(page)
 
-    def _digests(self, token_ids: TokenIds) -> tuple[bytes, ...]:
-        if isinstance(token_ids, np.ndarray):
-            raw = token_ids.data.cast("B")
-        else:
-            raw = memoryview(array("q", token_ids)).cast("B")
-        step = self.page_size * _TOKEN_BYTES
-        digest = self._root
-        digests = []
-        for start in range(0, len(raw) - step + 1, step):
-            state = hashlib.blake2b(digest, digest_size=_DIGEST_BYTES)
-            state.update(raw[start : start + step])
-            digest = state.digest()
-            digests.append(digest)
-        return tuple(digests)
+    def _digests(
+        self,
+        token_bytes: bytes,
+        limit: int | None = None,
+        *,
+        known: int = 0,
+        parent: bytes | None = None,
+    ) -> Iterator[bytes]:
+        """Digests of the full pages of a prompt, in order.
 
-    def _lease(
-        self, num_tokens: int, found: list[int], digests: tuple[bytes, ...], whole: bool
-    ) -> Lease:
+        Args:
+            token_bytes: its token ids.
+            limit: pages, if not all.
+            known: pages to leave out.
+            parent: digest of the last of those.
+        """
+        step = self.page_size * _TOKEN_BYTES
+        end = len(token_bytes) // step if limit is None else limit
+        digest = self._root if parent is None else parent
+        for start in range(known * step, end * step, step):
+            state = hashlib.blake2b(digest, digest_size=_DIGEST_BYTES)
+            state.update(token_bytes[start : start + step])
+            digest = state.digest()
+            yield digest
+
+    def _lease(self, num_tokens: int, found: list[int], whole: bool) -> Lease:
         if num_tokens < 1:
             raise ValueError("the prompt is empty; it needs at least one token")
         total = pages_for(num_tokens, self.page_size)
@@ -258,10 +305,10 @@ class PrefixCache:
             if whole:
                 raise OutOfPagesError(needed, available, ever=total <= self.num_pages)
             needed = available
-        lease = Lease((), num_tokens, len(found) * self.page_size, digests)
+        lease = Lease((), num_tokens, len(found) * self.page_size)
         for page in found:
             self._share(page, lease)
-        lease._private = [self._take() for _ in range(needed)]
+        lease._private = self._take(needed)
         lease.pages = (*found, *lease._private)
         return lease
 
@@ -270,11 +317,16 @@ class PrefixCache:
         self._idle.pop(page, None)
         lease._shared.append(page)
 
-    def _take(self) -> int:
-        if not self._free:
+    def _take(self, count: int) -> list[int]:
+        """So many pages that hold nothing; others are forgotten for them."""
+        while len(self._free) < count:
             self._forget(next(iter(self._idle)))
             self.counts.evictions += 1
-        return self._free.pop()
+        left = len(self._free) - count
+        taken = self._free[left:]
+        del self._free[left:]
+        taken.reverse()
+        return taken
 
     def _forget(self, page: int) -> None:
         del self._idle[page]

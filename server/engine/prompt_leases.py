@@ -82,6 +82,11 @@ class PromptLeases:
         tokens = [lease.num_tokens for lease in self.leases]
         return torch.tensor(tokens, dtype=torch.int32).to(device, non_blocking=True)
 
+    def get_ready(self) -> None:
+        """Do what a commit will need, while the prompts are being computed."""
+        for lease in self.leases:
+            self._cache.get_ready(lease)
+
     def commit(self, sound: Sequence[bool]) -> None:
         """Let later batches find the pages of the prompts whose requests went well, (B,)."""
         for lease, is_sound in zip(self.leases, sound, strict=True):

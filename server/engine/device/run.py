@@ -96,6 +96,7 @@ class DeviceRun:
         )
 
     def _read(self, part: Part) -> None:
+        part.leases.get_ready()
         times = part.timer.wait()
         answers = part.read()
         part.leases.commit([isinstance(answer, SearchResult) for answer in answers])

@@ -45,6 +45,12 @@ class CacheMachine(RuleBasedStateMachine):
     def make(self, num_pages: int) -> None:
         self.cache = PrefixCache(num_pages, PAGE)
 
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def get_ready(self, data: st.DataObject) -> None:
+        lease, _ = data.draw(st.sampled_from(self.open))
+        self.cache.get_ready(lease)
+
     @rule(
         blocks=st.lists(st.integers(0, 1), max_size=5),
         tail=st.integers(1, PAGE),
@@ -255,15 +261,44 @@ def test_private_pages_are_never_found() -> None:
     assert cache.free_pages == 4
 
 
+def digests_of(cache: PrefixCache, prompt: list[int]) -> list[bytes]:
+    lease = cache.acquire(prompt)
+    cache.get_ready(lease)
+    cache.release(lease)
+    return list(lease._digests)
+
+
+def test_a_new_prompt_is_hashed_as_far_as_it_is_looked_up_and_on_when_there_is_time() -> None:
+    cache = PrefixCache(16, PAGE)
+    prompt = list(range(100))
+    lease = cache.acquire(prompt)
+    assert len(lease._digests) == 1  # nobody has sent its first page: no other can be there
+    cache.get_ready(lease)
+    assert len(lease._digests) == 6
+    cache.get_ready(lease)
+    assert lease._digests == digests_of(PrefixCache(16, PAGE), prompt)
+    cache.commit(lease)
+    assert cache.acquire(prompt).cached_tokens == 96
+
+
+def test_a_prompt_may_change_once_its_pages_are_taken() -> None:
+    cache = PrefixCache(16, PAGE)
+    prompt = np.arange(40)
+    lease = cache.acquire(prompt)
+    prompt[:] = 0
+    cache.commit(lease)
+    assert cache.acquire(np.arange(40)).cached_tokens == 32
+
+
 def test_models_have_prefixes_of_their_own() -> None:
     one, other = (PrefixCache(4, PAGE, model_version=version) for version in ("a", "b"))
-    assert set(one._digests([1] * 40)).isdisjoint(other._digests([1] * 40))
+    assert set(digests_of(one, [1] * 40)).isdisjoint(digests_of(other, [1] * 40))
 
 
 def test_digests_depend_on_all_that_went_before() -> None:
     cache = PrefixCache(4, PAGE)
-    assert cache._digests([0] * 32)[1] != cache._digests([1] * 16 + [0] * 16)[1]
-    assert cache._digests([0] * 32) == cache._digests([0] * 40)[:2]
+    assert digests_of(cache, [0] * 32)[1] != digests_of(cache, [1] * 16 + [0] * 16)[1]
+    assert digests_of(cache, [0] * 32) == digests_of(cache, [0] * 40)[:2]
 
 
 def test_bad_sizes_are_refused() -> None:
