@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rectokens.cli.progress import progress_bar, say
+from server.jobs.insist import insist
 from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner
 from server.jobs.params import COMMAND_ROOT, checked_params
@@ -69,8 +71,8 @@ def run_command(
             if got:
                 os._exit(128 + number)
             got.append(number)
-            with suppress(JobConflictError):
-                ledger.cancel(job.id)
+            # Not by this thread: it may be writing the record, and hold the lock that takes.
+            Thread(target=_cancel, args=(ledger, job.id), name="cancel", daemon=True).start()
 
         for one in _SIGNALS:
             signal.signal(one, cancel)
@@ -189,6 +191,11 @@ def one_job(
 def print_job(job: Job) -> None:
     """Print a job as JSON."""
     print(json.dumps(job.model_dump(mode="json"), indent=2, ensure_ascii=False))
+
+
+def _cancel(ledger: JobLedger, job_id: str) -> None:
+    with suppress(JobConflictError):  # it has ended meanwhile
+        insist(lambda: ledger.cancel(job_id), job_id)
 
 
 def _follow(settings: Settings, ledger: JobLedger, job: Job) -> Job:

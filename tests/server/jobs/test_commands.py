@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from typer.testing import CliRunner
 
 from rectokens.catalog.source_limits import SourceLimits
 from server.cli import app
-from server.jobs.commands import located
+from server.jobs import insist
+from server.jobs.commands import located, run_command
 from server.jobs.lanes import Lane
+from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner
 from server.jobs.params import ItemSourceParams
 from server.jobs.places import open_ledger
 from server.jobs.sources import open_source
-from server.jobs.types import JobFailure, JobKind, JobState
+from server.jobs.types import Job, JobFailure, JobKind, JobState
 from server.settings import load_settings
 from tests.waiting import LIMIT_S, wait_until
 
@@ -203,4 +206,56 @@ def test_ctrl_c_cancels(workplace):
     assert process.returncode == 130, error
     assert "error: cancelled" in error
     assert ledger.find()[0].state == "cancelled"
+    ledger.close()
+
+
+@pytest.fixture
+def not_for_ever() -> Iterator[None]:
+    """What waits for itself is ended."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError("still waiting")
+
+    handlers = {
+        one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    }
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 30.0)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    for one, handler in handlers.items():
+        signal.signal(one, handler)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_signal_while_the_record_is_written_cancels(
+    workplace, not_for_ever, monkeypatch, away: bool
+):
+    """A record is written under a lock, and by the thread that handles signals."""
+    workplace.parquet("items.parquet", 30_000)
+    monkeypatch.setattr(insist, "PAUSE_S", 0.01)
+    heartbeat, cancel = JobLedger.heartbeat, JobLedger.cancel
+    sent: list[int] = []
+    failures = [ConnectionError("the database is away")] if away else []
+
+    def interrupted(self: JobLedger, job: Job, owner: Owner) -> None:
+        heartbeat(self, job, owner)
+        if owner.child is not None and not sent:
+            sent.append(1)
+            with self._backend.records._storage.lock:
+                signal.raise_signal(signal.SIGTERM)
+
+    def unsteady(self: JobLedger, job_id: str) -> Job:
+        if failures:
+            raise failures.pop()
+        return cancel(self, job_id)
+
+    monkeypatch.setattr(JobLedger, "heartbeat", interrupted)
+    monkeypatch.setattr(JobLedger, "cancel", unsteady)
+    settings = workplace.settings(batch_size=1)
+    params = {"source": {"root": "lake", "path": "items.parquet"}, "constraint_sets": "drop"}
+    code = run_command(settings, JobKind.REINDEX, params, printed="catalog")
+    assert code == 128 + signal.SIGTERM
+    ledger = open_ledger(settings)
+    assert [job.state for job in ledger.find()] == [JobState.CANCELLED]
     ledger.close()
