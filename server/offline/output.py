@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rectokens.core.atomic_file import PARTIAL_PREFIX, atomic_file
+from server.errors import ErrorKind
 from server.offline.errors import OfflineError
 from server.offline.searching import UserAnswer
 
@@ -58,8 +59,19 @@ class OutputFolder:
             leftover.unlink(missing_ok=True)
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard was written."""
-        return self._shard(shard).exists()
+        """Whether a shard was written, without a fault of the engine.
+
+        What other errors say of a user stays so; that the engine failed may have been for want of
+        memory that was there again a moment later.
+        """
+        path = self._shard(shard)
+        if not path.exists():
+            return False
+        try:
+            errors = pq.read_table(path, columns=["error"])["error"]
+        except (OSError, pa.ArrowException):
+            return True  # damaged: the summary tells
+        return ErrorKind.ENGINE_FAULT.value not in errors.unique().to_pylist()
 
     def write(self, shard: int, answers: Sequence[UserAnswer]) -> None:
         """Write a shard; complete on disk when this returns."""

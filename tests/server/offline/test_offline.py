@@ -274,6 +274,28 @@ def test_a_broken_device_ends_the_run_and_another_goes_on(
     assert sum(map(len, engine.batches[done:])) == 2
 
 
+def test_a_fault_of_the_engine_that_has_passed_is_not_kept(
+    tmp_path: Path, dummy: Any, settings: Settings
+) -> None:
+    engine = dummy.DummyEngine()
+
+    def fail(requests: Any) -> None:
+        if any(10 in request.excluded_items.tolist() for request in requests):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.on_search = fail
+    users, out = dummy_users(tmp_path), tmp_path / "out"
+    assert run(users, out, dummy.make_release(engine), settings)["errors"] == {"engine_fault": 1}
+    done = len(engine.batches)
+    engine.on_search = lambda requests: None
+    summary = run(users, out, dummy.make_release(engine), settings)
+    assert (summary["answered"], summary["errors"]) == (12, {})
+    assert sum(map(len, engine.batches[done:])) == 2  # of the one shard
+    whole = tmp_path / "whole"
+    run(users, whole, dummy.make_release(), settings)
+    assert found_in(out) == found_in(whole)
+
+
 def test_batches_are_full_and_prepared_while_others_run(
     tmp_path: Path, dummy: Any, settings: Settings
 ) -> None:
