@@ -432,7 +432,9 @@ class Batcher:
             # Whoever waits behind a batch waits however it ends, and for what lies between two.
             begun = batch.started_s if self._queue_since_s is None else self._queue_since_s
             full = self._room.queued > 0 or bool(self._running)
-            self._throughput.record(batch.beam_rows, now - begun, now, full=full)
+            # What failed, or nobody wanted, is no measure but of how long others waited for it.
+            if full or (whole and complete):
+                self._throughput.record(batch.beam_rows, now - begun, now, full=full)
             self._queue_since_s = now if full else None
         if self._running:
             self._is_on(self._running[0])

@@ -21,7 +21,9 @@ class Throughput:
     drains at, or the mean of the last few, if those were slower: who is let in on too good a
     rate waits for nothing. As long as there was none, the best batch counts, because a batch of
     one says nothing about what a full one would do. Old batches are forgotten, so one slow batch
-    (a cold start) cannot keep requests out for long.
+    (a cold start) cannot keep requests out for long. Nor for as long as that, where the few since
+    were faster and nobody had to wait behind them, as nobody was let in: what made it slow has
+    passed, and a full one would have been as fast as they were, at least.
 
     Attributes:
         window_s: how long a batch is remembered, in seconds.
@@ -36,8 +38,7 @@ class Throughput:
 
     def rows_per_s(self, now_s: float) -> float | None:
         """Rate in the window, None where nothing is known."""
-        self._forget(now_s)
-        full = [batch for batch in self._batches if batch[3]]
+        full = self._full(now_s)
         if full:
             return min(_mean_rate(full), _mean_rate(full[-_FEW:]))
         return max((rows / seconds for _, rows, seconds, _ in self._batches), default=None)
@@ -49,14 +50,29 @@ class Throughput:
 
     def batch_seconds(self, now_s: float) -> float:
         """Time of one batch under load, 0 where there was none."""
-        self._forget(now_s)
-        full = [seconds for _, _, seconds, full in self._batches if full]
+        full = [seconds for _, seconds in self._full(now_s)]
         return max(median(full), median(full[-_FEW:])) if full else 0.0
+
+    def _full(self, now_s: float) -> list[tuple[int, float]]:
+        """Rows of the batches that left somebody waiting, and the seconds that count of each."""
+        self._forget(now_s)
+        full: list[tuple[int, float]] = []
+        since: list[tuple[int, float]] = []
+        for _, rows, seconds, left_waiting in self._batches:
+            if left_waiting:
+                full.append((rows, seconds))
+                since = []
+            else:
+                since.append((rows, seconds))
+        if len(since) < _FEW:
+            return full
+        rate = _mean_rate(since[-_FEW:])
+        return [(rows, min(seconds, rows / rate)) for rows, seconds in full]
 
     def _forget(self, now_s: float) -> None:
         while self._batches and self._batches[0][0] < now_s - self.window_s:
             self._batches.popleft()
 
 
-def _mean_rate(batches: Sequence[Batch]) -> float:
-    return sum(rows for _, rows, _, _ in batches) / sum(seconds for _, _, seconds, _ in batches)
+def _mean_rate(batches: Sequence[tuple[int, float]]) -> float:
+    return sum(rows for rows, _ in batches) / sum(seconds for _, seconds in batches)

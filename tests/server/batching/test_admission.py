@@ -114,3 +114,45 @@ async def test_an_idle_engine_takes_a_request_however_slow_it_was(make_batcher, 
     release.engine.on_search = lambda requests: None
     # 10 rows a second were measured, which would be ten seconds.
     await ask(batcher, release, search(beam_width=100), timeout_s=5.0)
+
+
+async def test_a_hitch_keeps_nobody_out_once_it_is_over(make_batcher, release, clock):
+    batcher = make_batcher(clock=clock)
+    release.engine.on_search = take(clock, 20.0)
+    await asyncio.gather(*await _crowd(batcher, release))
+    release.engine.on_search = take(clock, 0.01)
+    for _ in range(4):
+        await ask(batcher, release, search(beam_width=10))
+    head, _ = await ask_while_busy(batcher, release, [])
+    with batcher.admit(10, clock() + 1.0):
+        pass
+    release.engine.gate.set()
+    await head
+
+
+async def _crowd(batcher, release):
+    """Tasks for a batch of one, and one behind it."""
+    head, tasks = await ask_while_busy(batcher, release, [search()])
+    release.engine.gate.set()
+    return [head, *tasks]
+
+
+async def test_a_batch_that_failed_at_once_is_no_measure_of_speed(make_batcher, release, clock):
+    batcher = make_batcher(clock=clock)
+    release.engine.on_search = take(clock, 0.1)
+    await ask(batcher, release, search(beam_width=10))  # 100 rows a second
+
+    def fail(requests):
+        clock.now += 0.001
+        raise RuntimeError("made to order")
+
+    release.engine.on_search = fail
+    with pytest.raises(ServiceError):
+        await ask(batcher, release, search(beam_width=900))
+    release.engine.on_search = take(clock, 0.1)
+    head, tasks = await ask_while_busy(batcher, release, [search(beam_width=300)])
+    with pytest.raises(ServiceError) as error:
+        batcher.admit(10, clock() + 0.5)
+    assert error.value.kind is ErrorKind.DEADLINE_UNREACHABLE
+    release.engine.gate.set()
+    await asyncio.gather(head, *tasks)

@@ -59,3 +59,28 @@ def test_a_batch_that_took_no_time_is_no_division_by_zero():
     throughput = Throughput()
     throughput.record(10, 0.0, now_s=0.0)
     assert throughput.seconds_for(10, now_s=0.0) < 1e-3
+
+
+def test_a_hitch_is_over_once_the_batches_after_it_show_that():
+    throughput = Throughput()
+    for second in range(10):
+        throughput.record(1_000, 0.5, now_s=float(second), full=True)
+    throughput.record(100, 20.0, now_s=30.0, full=True)
+    assert throughput.rows_per_s(30.0) < 200
+    # Nobody is let in but who finds nobody there, so that none of them leaves anybody waiting.
+    for number in range(1, 4):
+        throughput.record(10, 0.01, now_s=30.0 + number)
+    assert throughput.rows_per_s(33.0) < 200
+    throughput.record(10, 0.03, now_s=34.0)
+    assert throughput.rows_per_s(34.0) > 1_000
+    assert throughput.batch_seconds(34.0) <= 0.5
+
+
+def test_small_batches_say_nothing_against_large_ones():
+    throughput = Throughput()
+    for second in range(10):
+        throughput.record(1_000, 0.5, now_s=float(second), full=True)
+    for second in range(10, 20):
+        throughput.record(10, 0.05, now_s=float(second))
+    assert throughput.rows_per_s(20.0) == pytest.approx(2_000)
+    assert throughput.batch_seconds(20.0) == pytest.approx(0.5)
