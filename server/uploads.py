@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -18,7 +19,9 @@ from typing import BinaryIO
 from rectokens.core.atomic_file import fsync_folder
 
 KEEP_S = 3 * 86_400.0
-# A partial file that nobody writes to any more belongs to a process that was killed.
+# A partial file that nobody writes to any more belongs to a process that was killed. Where files
+# can be locked that is seen much sooner: one that lives has locked its file by then.
+_MAYBE_STALE_S = 30.0
 _STALE_PARTIAL_S = 3_600.0
 _PARTIAL = ".partial-"
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z]{1,8}")
@@ -103,9 +106,12 @@ class UploadFolder:
         """Remove files past their days, and what killed processes left."""
         now = time.time()
         for path, state in self._files():
-            limit = _STALE_PARTIAL_S if path.name.startswith(_PARTIAL) else KEEP_S
-            ours = path.name.startswith(_PARTIAL) or _NAME.fullmatch(path.name)
-            if ours and now - state.st_mtime > limit:
+            age_s = now - state.st_mtime
+            if path.name.startswith(_PARTIAL):
+                old = age_s > _STALE_PARTIAL_S or (age_s > _MAYBE_STALE_S and _is_nobodys(path))
+            else:
+                old = _NAME.fullmatch(path.name) is not None and age_s > KEEP_S
+            if old:
                 path.unlink(missing_ok=True)
 
     def require_room(self, more: int) -> None:
@@ -143,6 +149,8 @@ class UploadWriter:
         self._num_bytes = 0
         # Exclusively: a name that is taken, a link included, is never written through.
         self._file: BinaryIO | None = self._partial.open("xb")
+        with suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, data: bytes) -> None:
         """Append bytes.
@@ -191,6 +199,16 @@ class UploadWriter:
                 file.close()
             for path in (self._partial, self._target):
                 path.unlink(missing_ok=True)
+
+
+def _is_nobodys(partial: Path) -> bool:
+    """Whether no process holds a partial file, as far as locks tell."""
+    try:
+        with partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

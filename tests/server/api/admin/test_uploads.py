@@ -6,6 +6,8 @@ import asyncio
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -194,6 +196,30 @@ def test_old_uploads_and_stale_partials_go_with_the_next(tmp_path):
         os.utime(path, (time.time() - 10 * 86_400,) * 2)
     folder.begin("csv").discard()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["not-ours.txt"]
+
+
+def test_what_a_killed_process_was_sent_takes_no_room_for_long(tmp_path):
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from server.uploads import UploadFolder\n"
+        "UploadFolder(Path(sys.argv[1]), 1_000).begin('npy').write(b'x' * 900)\n"
+        "os._exit(9)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == 9
+    (left,) = tmp_path.iterdir()
+    folder = UploadFolder(tmp_path, 1_000)
+    live = folder.begin("csv")
+    (ours,) = set(tmp_path.iterdir()) - {left}
+    for path in (left, ours):
+        os.utime(path, (time.time() - 120,) * 2)
+    writer = folder.begin("npy")
+    writer.write(b"y" * 900)
+    writer.finish()
+    live.write(b"z")
+    assert live.finish().num_bytes == 1
+    assert not left.exists()
 
 
 def test_uploads_side_by_side_do_not_see_each_other_go(tmp_path, monkeypatch):
