@@ -13,6 +13,7 @@ from server.rehearsal.types import GateOptions, RehearsalReport, RehearsalReques
 _LOOK_S = 0.05
 # A server looks for requests ten times a second, unless it loads something just now.
 _CLAIM_TIMEOUT_S = 600.0
+_ASK_AGAIN_S = 30.0
 # No new sign of life for so long, measured here: the server is dead or hangs.
 _SILENCE_S = 20.0
 
@@ -81,11 +82,10 @@ class ActivationSteps:
         if all(state.release == release for state in servers):
             return None
         self.say(f"asking a serving process to try release {release}")
-        self.board.ask(
-            RehearsalRequest(id=request_id, release=release, options=options or GateOptions())
-        )
+        request = RehearsalRequest(id=request_id, release=release, options=options or GateOptions())
+        self.board.ask(request)
         try:
-            report = self._wait_for_report(request_id)
+            report = self._wait_for_report(request)
         finally:
             self.board.close_request(request_id)
         if report is None:
@@ -117,14 +117,19 @@ class ActivationSteps:
             self.check_cancelled()
             self.sleep(_LOOK_S)
 
-    def _wait_for_report(self, request_id: str) -> RehearsalReport | None:
-        until = self.clock() + _CLAIM_TIMEOUT_S
+    def _wait_for_report(self, request: RehearsalRequest) -> RehearsalReport | None:
+        request_id = request.id
+        asked_at = self.clock()
+        until = asked_at + _CLAIM_TIMEOUT_S
         last_beat, heard_at = -1, self.clock()
         while True:
             report = self.board.report_of(request_id)
             if report is not None:
                 return report
             self.check_cancelled()
+            if self.clock() - asked_at > _ASK_AGAIN_S:
+                asked_at = self.clock()
+                self.board.ask(request)
             claimant = self.board.claimed_by(request_id)
             alive = {state.server: state for state in self.board.servers()}
             if claimant is None:

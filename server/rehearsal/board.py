@@ -11,6 +11,9 @@ from server.rehearsal.types import RehearsalReport, RehearsalRequest, ServerStat
 # A process that gave no sign for so long is not waited for. Hosts' clocks may differ a little.
 MAX_SILENCE_S = 30.0
 _FORGET_AFTER_S = 3_600.0
+# A job that has not said for so long that it waits for a report was killed. Well above the time
+# after which it says so again, and above what clocks may differ.
+_ABANDONED_AFTER_S = 300.0
 
 
 class NoteTable(Protocol):
@@ -80,13 +83,20 @@ class RehearsalBoard:
     def open_requests(self, server: str) -> list[RehearsalRequest]:
         """Requests that nobody has taken, or that this server took and has not reported on.
 
-        It may not know that it did: a connection can be lost once the claim is written.
+        It may not know that it did: a connection can be lost once the claim is written. What a job
+        that was killed asked for is forgotten.
         """
         requests = [RehearsalRequest.model_validate_json(r) for r in self._requests.values()]
+        # Jobs of versions before this one did not say when.
+        abandoned = [one for one in requests if 0 < one.at_s < self._clock() - _ABANDONED_AFTER_S]
+        for request in abandoned:
+            self.close_request(request.id)
         return [
             request
             for request in requests
-            if self.claimed_by(request.id) in (None, server) and self.report_of(request.id) is None
+            if request not in abandoned
+            and self.claimed_by(request.id) in (None, server)
+            and self.report_of(request.id) is None
         ]
 
     def claim(self, request_id: str, server: str) -> bool:
@@ -118,8 +128,9 @@ class RehearsalBoard:
         ]
 
     def ask(self, request: RehearsalRequest) -> None:
-        """Post a request."""
-        self._requests.put(request.id, request.model_dump_json().encode())
+        """Post a request, or say that its report is still waited for."""
+        now = request.model_copy(update={"at_s": self._clock()})
+        self._requests.put(request.id, now.model_dump_json().encode())
 
     def claimed_by(self, request_id: str) -> str | None:
         """The server that took a request."""

@@ -91,6 +91,7 @@ class RehearsalRequest(_Note):
     id: str
     release: str
     options: GateOptions = GateOptions()
+    at_s: float = Field(default=0.0, description="Unix time when the job said last that it waits.")
 
 
 class RehearsalReport(_Note):

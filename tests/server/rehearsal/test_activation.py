@@ -137,3 +137,28 @@ def test_what_nobody_waits_for_any_more_is_not_taken(board):
     board.close_request("1")
     assert not board.claim("1", "a")
     assert board.claimed_by("1") is None  # nor is a note of it left for ever
+
+
+def test_what_a_killed_job_asked_for_is_not_tried_for_ever(board, clock, alive):
+    """Nobody waits for the report, and every server would load the release for nothing."""
+    board.ask(RehearsalRequest(id="1", release="new"))
+    board.ask(RehearsalRequest(id="2", release="new"))
+    assert board.claim("2", "dead")
+    board.report("2", report("passed"))
+    clock.now += 600
+    assert board.open_requests("a") == []
+    assert board._requests.values() == board._answers.values() == []
+
+
+def test_a_job_that_waits_for_long_says_so_again(steps, board, alive, clock):
+    def look(second: int) -> None:
+        alive("a", "old", beat=second)
+        (request,) = board.open_requests("a")
+        assert request.release == "new"
+
+    alive("a", "old")
+    for second in range(1, 1_000):
+        clock.after(second, lambda second=second: look(second))
+    clock.after(1, lambda: board.claim("1", "a"))
+    clock.after(999, lambda: board.report("1", report("passed")))
+    assert steps.rehearse("1", "new", None).state == "passed"
