@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -41,6 +42,9 @@ _DIGITS = 12
 _PROBE = "probe-"
 # Of a record whose answer is shorter than the object, while that may be on its way.
 _READS = 3
+# After so long nobody is still writing a record.
+_TORN_S = 60.0
+_SETTLE_S = 2.0
 
 
 class RemoteStorage:
@@ -181,9 +185,22 @@ class RemoteStorage:
     def commit(self, activation: Activation) -> bool:
         """See ``Storage.commit``."""
         self._require_exclusive_create()
-        if any(number >= activation.sequence for number in self._numbers()):
+        later = [number for number in self._numbers() if number >= activation.sequence]
+        if not all(map(self._remove_torn, later)):
             return False
         path, line = self._record_path(activation.sequence), to_line(activation)
+        made = self._make(path, line)
+        if made and later:
+            # Another that found the same torn record may just have removed this one for it.
+            time.sleep(_SETTLE_S)
+            try:
+                return bool(self._fs.cat_file(path) == line)
+            except FileNotFoundError:
+                return False
+        return made
+
+    def _make(self, path: str, line: bytes) -> bool:
+        """Write a record; whether it is this one that is there now."""
         try:
             if self._create(path, line):
                 return True
@@ -321,6 +338,15 @@ class RemoteStorage:
                 return None  # cleaned away meanwhile
             return record if record.sequence == number else None
         raise ArtifactError(f"{path} is read short again and again")
+
+    def _remove_torn(self, number: int) -> bool:
+        """Remove a record whose writer was cut off some time ago; whether it was one."""
+        path = self._record_path(number)
+        if self._record(number) is not None or self._age_s(path) < _TORN_S:
+            return False
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+        return True
 
     def _create(self, path: str, data: bytes) -> bool:
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 
@@ -13,7 +15,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rectokens.artifacts.activation import next_activation
+from rectokens.artifacts.activation import next_activation, to_line
 from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.manifest import write_artifact
 from rectokens.artifacts.remote_storage import RemoteStorage
@@ -297,6 +299,32 @@ def test_a_half_written_record_decides_nothing(storage, memory, prefix):
     assert not storage.commit(next_activation(first, B, None))
     assert storage.clean(0.0) == [f"{prefix}/activations/{2:012d}.json"]
     assert storage.commit(next_activation(first, B, None))
+
+
+def test_a_half_written_record_is_in_nobodys_way_for_long(storage, memory, prefix, monkeypatch):
+    first = next_activation(None, A, None)
+    storage.commit(first)
+    torn = f"{prefix}/activations/{2:012d}.json"
+    memory.pipe_file(torn, b'{"format"')
+    second = next_activation(first, B, None)
+    assert not storage.commit(second)  # its writer may be at it
+    memory.store[torn].modified -= timedelta(minutes=2)
+    other = next_activation(first, A, None)
+
+    def meanwhile(seconds):
+        # One that had found the torn record, too, and removes it only now.
+        memory.rm_file(torn)
+        memory.pipe_file(torn, to_line(other), mode="create")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", meanwhile)
+        assert not storage.commit(second)
+    assert storage.history() == [first, other]
+
+    memory.pipe_file(torn, b"")
+    memory.store[torn].modified -= timedelta(minutes=2)
+    assert storage.commit(second)
+    assert storage.history() == [first, second]
 
 
 def test_a_file_system_that_overwrites_is_refused(tmp_path, prefix):
