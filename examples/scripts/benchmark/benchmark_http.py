@@ -53,6 +53,7 @@ from examples.scripts.benchmark.kernel_timing import write_csv
 from examples.scripts.benchmark.random_release import ReleaseShape, write_random_release
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.demo.running import RunningServer, running_server
+from server.heap import pass_over_loaded
 from server.recommender import prepare, present
 from server.release import Release, load_release
 from server.settings import Settings, load_settings
@@ -329,6 +330,8 @@ def main(
         words = tuple(word for name, value in given.items() for word in (f"--{name}", value))
         with running_server("--release", str(path), *words, timeout_s=300) as running:
             subject = Subject(loading.result(), settings, dtype, beam_width, top_k)
+            # This process is the client too: its collections would be taken for the server's.
+            pass_over_loaded()
             console.print(f"both ready after {time.perf_counter() - started:.1f} s")
             rows = []
             try:
