@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -109,9 +110,11 @@ class Shortfall:
 class SearchResult:
     """Items found for one request, best first.
 
+    A tuple, or what is equal to it and made when it is looked at.
+
     Order: by score, or with temperature > 0 by the perturbed score; items that share a
     semantic ID follow one another in the catalog's order.
     """
 
-    hits: tuple[SearchHit, ...]
+    hits: Sequence[SearchHit]
     shortfall: Shortfall | None = None

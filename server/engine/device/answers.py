@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,64 @@ def collect_answers(
     return answers
 
 
+class PackedHits(Sequence[SearchHit]):
+    """Hits in arrays, as the device gave them; objects are made when somebody looks at them.
+
+    Args:
+        items: int32 (n,), item indices, best first.
+        codes: int32 (n, L), semantic IDs.
+        scores: float32 (n,).
+        code_scores: float32 (n, L), scores of the levels.
+    """
+
+    __slots__ = ("_columns", "_made")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        items: NDArray[np.int32],
+        codes: NDArray[np.int32],
+        scores: NDArray[np.float32],
+        code_scores: NDArray[np.float32],
+    ) -> None:
+        self._columns = items, codes, scores, code_scores
+        self._made: tuple[SearchHit, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, place: int) -> SearchHit: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[SearchHit, ...]: ...
+    def __getitem__(self, place: int | slice) -> SearchHit | tuple[SearchHit, ...]:
+        return self._hits()[place]
+
+    def __iter__(self) -> Iterator[SearchHit]:
+        return iter(self._hits())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PackedHits):
+            return self._hits() == other._hits()
+        return self._hits() == other if isinstance(other, tuple) else NotImplemented
+
+    def __repr__(self) -> str:
+        return repr(self._hits())
+
+    def _hits(self) -> tuple[SearchHit, ...]:
+        if self._made is None:
+            items, codes, scores, code_scores = self._columns
+            fields = zip(
+                items.tolist(),
+                zip(*codes.T.tolist(), strict=True),
+                scores.tolist(),
+                zip(*code_scores.T.tolist(), strict=True),
+                strict=True,
+            )
+            self._made = tuple(map(_hit, fields))
+        return self._made
+
+
 class _Figures:
     """Packed answers as arrays: little is read of a row, and torch takes long for that.
 
@@ -47,7 +105,8 @@ class _Figures:
     """
 
     def __init__(self, host: Tensor, shapes: StepShapes) -> None:
-        self._integers = host.numpy()
+        # A copy: answers may be kept for longer than pinned memory should be.
+        self._integers = host.numpy().copy()
         self._floats = self._integers.view(np.float32)
         self._columns = answer_columns(shapes)
         self._levels = shapes.num_levels
@@ -57,21 +116,16 @@ class _Figures:
         _, poisoned, items = self._integers[row, :3].tolist()
         return bool(poisoned), items
 
-    def hits(self, row: int, count: int) -> Iterator[tuple[Any, ...]]:
-        """The fields of its first hits."""
+    def hits(self, row: int, count: int) -> PackedHits:
+        """A request's first hits."""
         integers, floats, columns = self._integers[row], self._floats[row], self._columns
-        slots = integers[columns["leaves"]][:count]
-        return zip(
-            integers[columns["items"]][:count].tolist(),
-            self._by_level(integers[columns["codes"]], slots),
-            floats[columns["scores"]][slots].tolist(),
-            self._by_level(floats[columns["code_scores"]], slots),
-            strict=True,
+        leaves = integers[columns["leaves"]][:count]
+        return PackedHits(
+            integers[columns["items"]][:count],
+            integers[columns["codes"]].reshape(-1, self._levels)[leaves],
+            floats[columns["scores"]][leaves],
+            floats[columns["code_scores"]].reshape(-1, self._levels)[leaves],
         )
-
-    def _by_level(self, table: NDArray[Any], slots: NDArray[np.int32]) -> Iterator[Any]:
-        """Rows ``slots`` of a table (W, L), as tuples."""
-        return zip(*table.reshape(-1, self._levels)[slots].T.tolist(), strict=True)
 
 
 # What ``SearchHit._make`` does, without a call of Python a hit.
@@ -83,7 +137,7 @@ def _answer(request: SearchRequest, found: _Figures, row: int, num_items: int) -
     if poisoned:
         return EngineFault("the model returned NaN or infinite logits")
     count = min(items, request.top_k)
-    hits = tuple(map(_hit, found.hits(row, count)))
+    hits = found.hits(row, count)
     if count == request.top_k:
         return SearchResult(hits)
     reason = "catalog_exhausted" if num_items < request.top_k else "filters"
