@@ -302,7 +302,16 @@ class ReleaseFollower:
             )
         serving = self._service.release
         _log.info("loading a release", release=version, serving=serving and serving.version)
-        candidate = await self._call(self._source.load, version, serving)
+        try:
+            candidate = await self._call(self._source.load, version, serving)
+        except ReleaseError:
+            raise
+        except Exception:
+            # It may be the device that is gone, of which the engine knows nothing while idle.
+            if serving is not None:
+                with suppress(ReleaseError):
+                    await self._service.try_release(serving, _TRY_S)
+            raise
         if serving is not None and candidate.engine is serving.engine:
             try:
                 await self._service.try_release(candidate, _TRY_S)

@@ -23,7 +23,7 @@ from rectokens.prompts.builder import PromptBuilder
 from rectokens.prompts.registry import prompt_builder
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest
-from server.engine.types import MEMORY_ERRORS, EngineFault, SearchEngine
+from server.engine.types import MEMORY_ERRORS, EngineBrokenError, EngineFault, SearchEngine
 from server.heap import pass_over_imports
 from server.threads import share_with_launches
 
@@ -243,9 +243,12 @@ def warm_up(release: Release) -> None:
 
     Raises:
         ReleaseError: the search failed.
+        EngineBrokenError: the device does not work any more.
     """
     try:
         (result,) = release.engine.search([start_request(release)], release.trie).results
+    except EngineBrokenError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ReleaseError(f"the model cannot search the catalog: {reason}") from error

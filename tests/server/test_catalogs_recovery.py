@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
+from server.engine.types import EngineBrokenError
 from server.release import ReleaseError
 from server.release_source import ReleaseSource
 from server.settings import load_settings
@@ -195,3 +196,36 @@ async def test_an_engine_is_told_of_a_catalog_that_it_will_not_search(
     await until(lambda: let_go)
     assert let_go == [True]
     await until(lambda: running.service.retired.gone and made[0]() is None)
+
+
+@pytest.mark.parametrize("step", ["get_ready", "load_parts", "warm_up"])
+async def test_a_device_that_is_lost_while_a_release_is_loaded_fails_health(
+    start_app, small_store, tiny_lm, monkeypatch, step
+):
+    """Though nobody asks the engine for anything."""
+    running = await start(start_app, small_store)
+    engine = running.service.release.engine
+
+    def lost(*_):
+        raise EngineBrokenError("unspecified launch failure")
+
+    def failed(*_, **__):
+        raise torch.AcceleratorError("unspecified launch failure")
+
+    engine.run = lost
+    model = None
+    if step == "get_ready":
+        engine.get_ready = failed
+    elif step == "load_parts":
+        monkeypatch.setattr("server.release_source.load_parts", failed)
+    else:
+        monkeypatch.setattr("server.release_source.warm_up", lost)
+        model = small_store.add_model(tiny_lm("llama", seed=3))
+    assert (await running.client.get("/health")).status_code == 200
+    small_store.add(2, model=model)
+    small_store.activate(2)
+
+    async def is_dead():
+        return (await running.client.get("/health")).status_code == 503
+
+    await until(is_dead)
