@@ -66,6 +66,7 @@ class ReleaseSource:
             ReleaseError: a part is missing or damaged (names the file), does not fit the other
                 or the memory, or the model cannot search.
         """
+        self._forget_copies()
         try:
             artifact = self._store.open_release(version)
         except Exception as error:
@@ -147,6 +148,16 @@ class ReleaseSource:
             raise why from None
         self.first_failure = (active.release, why)
         return release
+
+    def _forget_copies(self) -> None:
+        """Make room for the copy of another release; a host that runs no jobs has nobody else."""
+        try:
+            removed = self._store.clean_local()
+        except Exception as error:
+            _log.warning("copies of the store cannot be cleaned", reason=_told(error))
+        else:
+            if removed:
+                _log.info("copies removed", removed=removed)
 
 
 def _told(error: Exception) -> str:

@@ -103,6 +103,10 @@ class LocalStorage:
             for path in remove_partials(folder, older_than_s=older_than_s)
         ]
 
+    def clean_local(self, older_than_s: float) -> list[str]:
+        """See ``Storage.clean_local``: the store's own folder is not of this host alone."""
+        return []
+
     def current(self) -> Activation | None:
         """See ``Storage.current``."""
         data = _read(self._active)

@@ -304,6 +304,17 @@ class ReleaseStore:
         """
         return list(self._storage.clean(older_than_s))
 
+    def clean_local(self, *, older_than_s: float = 86_400.0) -> list[str]:
+        """Remove what this host has copied of a store and the store has no more.
+
+        Args:
+            older_than_s: only what was not written to for so many seconds.
+
+        Returns:
+            What was removed; nothing of a folder, which nobody copies.
+        """
+        return list(self._storage.clean_local(older_than_s))
+
     def clean_after(self, process_id: int) -> list[str]:
         """Remove what a process of this host left behind that is known to be dead.
 

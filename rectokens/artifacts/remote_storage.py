@@ -143,22 +143,14 @@ class RemoteStorage:
         self._discard(self.local.path(kind, version))
 
     def clean(self, older_than_s: float) -> list[str]:
-        """See ``Storage.clean``; also drops cached versions that the store has no more."""
-        removed = []
+        """See ``Storage.clean``; also does ``clean_local``."""
+        removed = self.clean_local(older_than_s)
         for kind in ARTIFACT_KINDS:
             for name in filter(is_version, self._list(kind_folder(kind))):
-                if self._is_left(kind, name, older_than_s):
-                    folder = self._path(kind, name)
+                folder = self._path(kind, name)
+                if self._is_gone(kind, name) and self._age_s(folder) >= older_than_s:
                     self._fs.rm(folder, recursive=True)
                     removed.append(folder)
-            cached = self.local.folder(kind)
-            for name in self.local.versions(kind):
-                # A version in the making lies here before it is in the store.
-                age_s = datetime.now(UTC).timestamp() - (cached / name).stat().st_mtime
-                if age_s >= older_than_s and not self._is_there(kind, name):
-                    self._discard(cached / name)
-                    removed.append(str(cached / name))
-            removed += map(str, remove_partials(cached, older_than_s=older_than_s))
         # Half written, on a file system that is no object store: it would block its number.
         doomed = [self._record_path(n) for n in self._numbers() if self._record(n) is None]
         probes = [name for name in self._list(ACTIVATIONS) if name.startswith(_PROBE)]
@@ -167,6 +159,20 @@ class RemoteStorage:
             if self._age_s(path) >= older_than_s:
                 self._fs.rm_file(path)
                 removed.append(path)
+        return removed
+
+    def clean_local(self, older_than_s: float) -> list[str]:
+        """See ``Storage.clean_local``."""
+        removed = []
+        for kind in ARTIFACT_KINDS:
+            cached = self.local.folder(kind)
+            for name in self.local.versions(kind):
+                # A version in the making lies here before it is in the store.
+                age_s = datetime.now(UTC).timestamp() - (cached / name).stat().st_mtime
+                if age_s >= older_than_s and self._is_gone(kind, name):
+                    self._discard(cached / name)
+                    removed.append(str(cached / name))
+            removed += map(str, remove_partials(cached, older_than_s=older_than_s))
         return removed
 
     def current(self) -> Activation | None:
@@ -285,18 +291,17 @@ class RemoteStorage:
             return False
         return True
 
-    def _is_left(self, kind: ArtifactKind, version: str, older_than_s: float) -> bool:
-        """Whether a folder is what a killed writer left.
+    def _is_gone(self, kind: ArtifactKind, version: str) -> bool:
+        """Whether a version is not there, or is what a killed writer left.
 
         Asked twice, for its manifest and for all of it: one wrong answer must not cost a version.
         """
         if self._is_there(kind, version):
             return False
-        folder = self._path(kind, version)
-        found = [str(path) for path in self._fs.find(folder)]
-        if any(path.endswith(f"/{version}/{MANIFEST_NAME}") for path in found):
-            return False
-        return self._age_s(folder) >= older_than_s
+        found: list[str] = []
+        with suppress(FileNotFoundError):
+            found = [str(path) for path in self._fs.find(self._path(kind, version))]
+        return not any(path.endswith(f"/{version}/{MANIFEST_NAME}") for path in found)
 
     def _age_s(self, path: str) -> float:
         """Seconds since a file, or anything below a folder, was written; 0 where nobody says."""

@@ -73,6 +73,13 @@ class Storage(Protocol):
         """
         ...
 
+    def clean_local(self, older_than_s: float) -> Sequence[str]:
+        """As ``clean``, of what lies on this host alone; nothing is written to an object store.
+
+        Copies of versions that the store has no more go, too.
+        """
+        ...
+
     def current(self) -> Activation | None:
         """The record of the highest sequence number, None for none.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
+import fsspec
+
+from rectokens.artifacts.open_store import open_release_store
 from server.release_source import ReleaseSource
 from server.settings import load_settings
 
@@ -50,3 +54,21 @@ def test_a_release_that_a_driver_cannot_get_is_passed_over_for_the_one_before(sm
     assert release.version == small_store.releases[1]
     version, error = source.first_failure
     assert (version, "DriverError: no answer" in str(error)) == (small_store.releases[2], True)
+
+
+def test_what_is_copied_here_goes_with_the_store(small_store, tmp_path):
+    url, bucket = f"memory://{tmp_path.name}/store", fsspec.filesystem("memory")
+    bucket.put(f"{small_store.root}/", f"/{tmp_path.name}/store/", recursive=True)
+    store = open_release_store(url, cache=tmp_path / "cache")
+    source = ReleaseSource(load_settings({"device": "cpu"}), store)
+    first = source.load(small_store.releases[1], None)
+    old = tmp_path / "cache" / "catalogs" / small_store.catalogs[1]
+    small_store.add(2)
+    bucket.put(f"{small_store.root}/", f"/{tmp_path.name}/store/", recursive=True)
+    bucket.rm(f"/{tmp_path.name}/store/catalogs/{small_store.catalogs[1]}", recursive=True)
+    source.load(small_store.releases[2], first)
+    assert old.exists()  # it may be young because it is on its way into the store
+    os.utime(old, (0, 0))
+    source.load(small_store.releases[2], first)
+    assert not old.exists()
+    assert (tmp_path / "cache" / "catalogs" / small_store.catalogs[2]).exists()

@@ -281,6 +281,33 @@ def test_a_probe_of_a_killed_process_is_cleaned(storage, memory, prefix):
     assert storage.history() == [record]
 
 
+def test_a_host_that_only_reads_keeps_no_more_than_the_store(
+    storage, version, memory, prefix, tmp_path, monkeypatch
+):
+    elsewhere = RemoteStorage(memory, prefix, tmp_path / "elsewhere")
+    folder = elsewhere.fetch("tokenizer", version)
+    kept = elsewhere.fetch("tokenizer", publish(storage, b"another"))
+    partial = folder.with_name(".partial-1-abc")
+    partial.mkdir()
+    storage.remove("tokenizer", version)
+    memory.pipe_file(f"{prefix}/tokenizers/{version}/top", b"half")  # another's affair
+    monkeypatch.setattr(MemoryFileSystem, "rm", forbidden)
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", forbidden)
+    assert elsewhere.clean_local(3600.0) == []
+    assert elsewhere.clean_local(0.0) == [str(folder), str(partial)]
+    assert list(folder.parent.iterdir()) == [kept]
+
+
+def forbidden(*arguments, **options):
+    raise PermissionError("read only")
+
+
+def publish(storage: RemoteStorage, content: bytes) -> str:
+    version = add(storage, content)
+    storage.publish("tokenizer", version)
+    return version
+
+
 def test_exactly_one_is_first(storage, memory, prefix, tmp_path):
     other = RemoteStorage(memory, prefix, tmp_path / "other")
     first = next_activation(None, A, "mine")
