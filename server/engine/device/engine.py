@@ -21,6 +21,7 @@ from server.engine.base import LEFT, EngineBase
 from server.engine.device.answers import collect_answers
 from server.engine.device.batch import DeviceBatch, is_filtered, slice_of, tokens_of, width_fault
 from server.engine.device.buckets import Buckets, group_requests
+from server.engine.device.graphs import CaptureError
 from server.engine.device.model import DeviceModel
 from server.engine.device.prompt_passes import DEFAULT_ROWS, PromptPasses
 from server.engine.device.run import DeviceRun, Part
@@ -119,8 +120,9 @@ class DeviceEngine(EngineBase):
         try:
             with torch.inference_mode():
                 made = self._searches.beside(trie)
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory to capture searches beside others: %s", error)
+        except (torch.OutOfMemoryError, CaptureError) as error:
+            # The first batch makes them, when the others are gone.
+            logger.warning("no searches are made beside others: %s", error)
             return
         self._made = trie.row_ptrs, made
 

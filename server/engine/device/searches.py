@@ -53,6 +53,7 @@ class Searches:
         self._loose: dict[int, TrieTable] = {}
         self._ready: dict[tuple[int, int], Ready] = {}
         self._beam_kv: BeamKV | None = None
+        self._gave_up = False  # whether a search could not be captured
         if self._capture:
             self._stream = torch.cuda.Stream(model.device)
             self._memory = torch.cuda.graph_pool_handle()
@@ -106,10 +107,13 @@ class Searches:
 
         Raises:
             torch.OutOfMemoryError: no room for both.
+            CaptureError: they run, but could not be captured: slower than these for good.
         """
         made = Searches(self._model, self._buckets, self._pages, capture=self._capture)
         made._before = {width: table.shapes for width, table in self._tables.items()}
         made.use(trie)
+        if made._gave_up:
+            raise CaptureError("searches beside others could not be captured")
         if len(made._ready) < len(self._ready):
             raise torch.OutOfMemoryError(
                 f"room for {len(made._ready)} searches beside {len(self._ready)}"
@@ -177,7 +181,7 @@ class Searches:
             return CapturedCall(search.run, self._stream, self._memory)
         except CaptureError as error:
             logger.warning("searches run uncaptured from now on: %s", error)
-            self._capture = False
+            self._capture, self._gave_up = False, True
             return search.run
 
     def _allocate(self, rows: int) -> BeamKV:

@@ -19,6 +19,7 @@ from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.engine import DeviceEngine
 from server.engine.device.fused_decoder import FusedDecoder
+from server.engine.device.graphs import CaptureError
 from server.engine.device.module_decoder import ModuleDecoder
 from server.engine.device.searches import Searches
 from server.engine.loading import build_engine
@@ -170,6 +171,39 @@ def test_one_catalog_at_most_is_kept_ready(tiny_lm: Callable[..., Any]) -> None:
     engine.get_ready(other)
     gc.collect()
     assert first() is None
+
+
+def test_searches_that_could_not_be_captured_beside_others_do_not_take_their_place(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could another time; these would be slow for as long as the model is served."""
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    request = SearchRequest((7, 8, 9), 4, 4)
+    (small, _), (large, codes) = random_catalog(3, 6), random_catalog(3, 125)
+    engine.search([request], small)
+
+    def fail(*_: object) -> None:
+        raise CaptureError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.engine.device.searches.CapturedCall", fail)
+        patch.setattr(Searches, "_captured", capturing(Searches._captured))
+        engine.get_ready(large)
+    assert engine._made is None
+    (found,) = engine.search([request], large).results
+    model = tiny_lm("llama", VOCAB, seed=3)
+    assert_same(found, ReferenceSearch(model, TOKENS, codes).search(request), 1e-4)
+
+
+def capturing(captured: Callable[..., Any]) -> Callable[..., Any]:
+    """As on a GPU, for the time of the call."""
+
+    def call(searches: Any, search: Any) -> Any:
+        searches._capture, searches._stream, searches._memory = True, None, None
+        return captured(searches, search)
+
+    return call
 
 
 def test_what_was_made_for_a_catalog_that_is_not_taken_goes_with_it(
