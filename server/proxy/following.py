@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -73,6 +73,8 @@ class ProxyFollower:
         proxy.metrics.store_read(active, self._sequence)
         if active.sequence == self._sequence:
             return False
+        with suppress(Exception):  # to make room; should it be needed, the copying says so
+            self._store.clean_local()
         proxy.replace(load_parts(self._settings.proxy, *self._folders(active)))
         self._sequence = active.sequence
         proxy.metrics.store_read(active, self._sequence)

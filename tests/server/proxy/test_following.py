@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 
+import fsspec
 import pytest
 import torch
 
 from rectokens.artifacts.open_store import open_release_store
+from rectokens.artifacts.release_store import ReleaseStore
 from rectokens.catalog.artifact import save_catalog
 from rectokens.catalog.build import build_catalog
 from server.errors import ServiceError
@@ -95,6 +98,30 @@ async def test_what_is_damaged_is_left_alone_and_tried_again(releases, settings)
         assert takes(proxy, "B001")
     file.write_bytes(content)
     assert follower.look(proxy) is True
+    assert takes(proxy, "new")
+
+
+def test_copies_of_what_the_store_has_no_more_go(releases, settings, tmp_path):
+    bucket, path = fsspec.filesystem("memory"), f"/{tmp_path.name}/store"
+
+    def upload() -> ReleaseStore:
+        for file in releases.local.root.rglob("*"):
+            name = file.relative_to(releases.local.root).as_posix()
+            if file.is_file() and name.count("/") == 2:
+                bucket.pipe_file(f"{path}/{name}", file.read_bytes())
+        return open_release_store(f"memory:/{path}", cache=tmp_path / "cache")
+
+    store = upload()
+    store.activate(releases.active().release)
+    follower = ProxyFollower(settings, store)
+    proxy = load_proxy(settings, *follower.first())
+    copied = tmp_path / "cache" / "catalogs" / store.open_active().catalog_version
+    activate_items(releases, "new")
+    upload().activate(releases.active().release)
+    bucket.rm(f"{path}/catalogs/{copied.name}", recursive=True)
+    os.utime(copied, (0, 0))
+    assert follower.look(proxy) is True
+    assert not copied.exists()
     assert takes(proxy, "new")
 
 
