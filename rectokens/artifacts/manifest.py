@@ -253,14 +253,17 @@ def remove_partials(
     for partial in sorted(Path(root).glob(f"{PARTIAL_PREFIX}{whose}*")):
         try:
             newest = max(p.lstat().st_mtime for p in (partial, *partial.rglob("*")))
-        except FileNotFoundError:
-            continue  # its writer is alive and has just moved or removed something
-        if now - newest >= older_than_s:
+            if now - newest < older_than_s:
+                continue
             if partial.is_dir() and not partial.is_symlink():
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 partial.unlink(missing_ok=True)
-            removed.append(partial)
+        except OSError:
+            # Its writer is alive and has just moved or removed something; or it is not ours to
+            # remove, which must keep nobody from writing.
+            continue
+        removed.append(partial)
     return removed
 
 

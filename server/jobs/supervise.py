@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -106,6 +107,14 @@ class Supervisor:
 def work_folder(settings: Settings, job_id: str) -> Path:
     """Folder for what a job writes while it runs."""
     return jobs_folder(settings) / WORK_FOLDER / job_id
+
+
+def left_folders(settings: Settings) -> list[str]:
+    """Jobs that have such a folder, by id."""
+    try:
+        return os.listdir(jobs_folder(settings) / WORK_FOLDER)
+    except OSError:
+        return []
 
 
 def clean_up(settings: Settings, job_id: str, child_pid: int | None) -> list[str]:

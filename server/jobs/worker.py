@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Collection
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -16,8 +18,8 @@ from server.jobs.ledger import JobLedger
 from server.jobs.owner import Owner, process_is_gone, started_s
 from server.jobs.places import open_ledger
 from server.jobs.process import ReadyProcess
-from server.jobs.supervise import Supervisor, clean_up
-from server.jobs.types import Job
+from server.jobs.supervise import Supervisor, clean_up, left_folders
+from server.jobs.types import Job, UnknownJobError
 from server.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -140,6 +142,7 @@ class Sweeper:
         """Look once; the jobs that were marked."""
         self._lost = self._ledger.requeue_lost(self._lost)
         running = self._ledger.running()
+        self._remove_folders({job.id for job in running})
         orphans = [job for job in running if self._is_orphan(job)]
         known = {_attempt(job) for job in running}
         self._signs = {one: sign for one, sign in self._signs.items() if one in known}
@@ -161,6 +164,16 @@ class Sweeper:
                 )
             )
         return marked
+
+    def _remove_folders(self, running: Collection[str]) -> None:
+        """Remove what jobs left whose worker died between the record of their end and this."""
+        for job_id in left_folders(self._settings):
+            if job_id in running:
+                continue
+            # Another database's jobs may have their folders there, too.
+            with suppress(UnknownJobError):
+                if self._ledger.get(job_id).state.finished:
+                    clean_up(self._settings, job_id, None)
 
     def _is_orphan(self, job: Job) -> bool:
         owner = self._ledger.owner(job.id)

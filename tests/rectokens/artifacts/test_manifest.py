@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -155,6 +156,27 @@ def test_a_flipped_bit_is_noticed_by_the_checksums(artifact: Path):
     with pytest.raises(ArtifactError, match=r"b\.bin has SHA-256"):
         open_artifact(artifact, "tokenizer")
     open_artifact(artifact, "tokenizer", verify_checksums=False)
+
+
+def test_leftovers_that_are_not_ours_to_remove_keep_nobody_from_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = tmp_path / "store"
+    root.mkdir()
+    for name in (".partial-1-file.json", ".partial-2-file.json"):
+        (root / name).write_bytes(b"{")
+        os.utime(root / name, (0, 0))
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".partial-1-file.json":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert write_artifact(root, "tokenizer", populate).is_dir()
+    assert remove_partials(root, older_than_s=0.0) == []
+    assert [path.name for path in root.glob(".partial-*")] == [".partial-1-file.json"]
 
 
 def test_missing_and_extra_files_are_noticed(artifact: Path):

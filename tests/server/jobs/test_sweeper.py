@@ -14,6 +14,7 @@ from server.jobs import worker
 from server.jobs.lanes import LANES
 from server.jobs.owner import Owner, process_is_gone
 from server.jobs.places import open_ledger
+from server.jobs.supervise import work_folder
 from server.jobs.types import JobKind, JobState
 from server.jobs.worker import Sweeper
 
@@ -69,5 +70,27 @@ def test_a_job_that_runs_again_elsewhere_is_not_held_to_its_first_sign_of_life(
         assert ledger.get(job.id).state is JobState.RUNNING
         clock.now = 71.0
         assert [one.id for one in sweeper.sweep()] == [job.id]
+    finally:
+        ledger.close()
+
+
+def test_the_folder_of_a_job_whose_worker_died_as_it_ended_is_removed(workplace):
+    settings = workplace.settings()
+    ledger = open_ledger(settings)
+    try:
+        folders = {}
+        for name in ("ended", "running"):
+            job, _ = ledger.begin(JobKind.ROLLBACK, {}, Owner.this_process())
+            folders[name] = work_folder(settings, job.id)
+            folders[name].mkdir(parents=True)
+            (folders[name] / "errors").write_text("")
+            if name == "ended":
+                ledger.finish(job, JobState.SUCCEEDED, message="done")
+        foreign = folders["ended"].with_name("of-another-database")
+        foreign.mkdir()
+        assert Sweeper(settings, ledger).sweep() == []
+        assert not folders["ended"].exists()
+        assert folders["running"].exists()
+        assert foreign.exists()
     finally:
         ledger.close()
