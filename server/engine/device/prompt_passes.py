@@ -25,11 +25,12 @@ from server.engine.device.prompt_rows import (
 
 logger = logging.getLogger(__name__)
 
-# Steps of about an eighth: what fills a pass up is computed too. Beyond the last but one, rows are
-# shared out among passes of the last.
+# Steps of about an eighth: what fills a pass up is computed too. Beyond the last, rows are shared
+# out among several passes.
 DEFAULT_ROWS = (
     *(64, 128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048),
-    *(2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096, 8192),
+    *(2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096),
+    *(4608, 5120, 5632, 6144, 6656, 7168, 7680, 8192),
 )
 
 
@@ -124,17 +125,6 @@ def share_out(
     """
     passes = []
     for part in cut_into_passes(slices, sizes[-1], max_prompts):
-        whole = [_fitting(part, sizes)]
-        # The last step is a large one: two passes may be fewer rows than one.
-        divided = [
-            _fitting(half, sizes)
-            for half in cut_into_passes(part, sizes[max(len(sizes) - 2, 0)], max_prompts)
-        ]
-        fewer = sum(rows for rows, _ in divided) < whole[0][0]
-        passes += divided if len(divided) == 2 and fewer else whole
+        rows = sum(piece.count for piece in part)
+        passes.append((next(size for size in sizes if size >= rows), part))
     return passes
-
-
-def _fitting(part: list[PromptSlice], sizes: Sequence[int]) -> tuple[int, list[PromptSlice]]:
-    rows = sum(piece.count for piece in part)
-    return next(size for size in sizes if size >= rows), part
