@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rectokens.decoding.device_prefixes import DevicePrefixes
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
-from rectokens.schemas.search import SearchRequest
+from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.positions import max_positions
 from server.engine.types import (
     EngineBrokenError,
@@ -25,6 +25,11 @@ from server.engine.types import (
 )
 
 LEFT = EngineFault("its caller has left")
+
+
+def soundness(answer: SearchResult | EngineFault) -> bool | None:
+    """Whether a request went well; None where its caller left, so that nobody knows."""
+    return None if answer is LEFT else isinstance(answer, SearchResult)
 
 
 class EngineBase:

@@ -15,7 +15,7 @@ from rectokens.decoding.filters import BatchFilters
 from rectokens.schemas.catalog_trie import CatalogTrie
 from rectokens.schemas.item_tokens import ItemTokens
 from rectokens.schemas.search import SearchRequest, SearchResult
-from server.engine.base import LEFT, EngineBase
+from server.engine.base import LEFT, EngineBase, soundness
 from server.engine.prompt_leases import Prompts
 from server.engine.runners import DecodeSession, Runner
 from server.engine.selection import collect_results
@@ -141,7 +141,7 @@ class Engine(EngineBase):
         try:
             answers, prefill_s, decode_s = self._run(session, batch, has_left)
         finally:
-            session.close([isinstance(answer, SearchResult) for answer in answers])
+            session.close([soundness(answer) for answer in answers])
         return answers, prefill_s, decode_s, session.cached_tokens
 
     @torch.inference_mode()

@@ -73,14 +73,17 @@ class PooledPrompts:
         return self._pages.read(layer, self._tables[row][:pages])
 
     def keep(
-        self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], sound: Sequence[bool]
+        self,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+        sound: Sequence[bool | None],
     ) -> None:
         """Remember the prompts whose requests went well.
 
         Args:
             keys: by layer index, (B, Hkv, T, D), cached positions included.
             values: likewise.
-            sound: (B,).
+            sound: as of ``PromptLeases.commit``.
         """
         size = self._pages.page_size
         wanted = [sound[row] for row in self._rows]

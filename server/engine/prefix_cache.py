@@ -10,6 +10,8 @@ Life of a page::
     free -> leased, private -> (commit) leased, findable -> (release) idle, findable -> (evict) free
                            \\-> (release without commit) free
 
+A findable page that a request failed with is not findable any more, and free once nobody reads it.
+
 Digests are BLAKE2b of 256 bits: two prefixes with one digest are not found by chance, nor by a
 stranger who tries.
 """
@@ -248,6 +250,22 @@ class PrefixCache:
         # A lease's private pages are its last ones, in order.
         lease._private = lease._private[len(pages) :]
 
+    def distrust(self, lease: Lease) -> None:
+        """Let nobody find what a prompt took from the cache: with it, its request went wrong.
+
+        What is used is never evicted, so a page that was spoilt would fail whoever begins with it
+        for as long as they come. Pages that are sound are committed by the next one.
+
+        Raises:
+            ValueError: the lease was given back.
+        """
+        if lease._released:
+            raise ValueError("the lease was released; its pages may hold another prompt by now")
+        for page in lease.pages[: lease.cached_tokens // self.page_size]:
+            digest = self._digest_of.pop(page, None)
+            if digest is not None:
+                del self._page_of[digest]
+
     def release(self, lease: Lease) -> None:
         """Give the pages back: findable ones stay cached, the others become free.
 
@@ -262,7 +280,10 @@ class PrefixCache:
             self._references[page] -= 1
             if self._references[page] == 0:
                 del self._references[page]
-                self._idle[page] = None
+                if page in self._digest_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
         self._free += reversed(lease._private)
 
     def clear(self) -> None:

@@ -87,11 +87,18 @@ class PromptLeases:
         for lease in self.leases:
             self._cache.get_ready(lease)
 
-    def commit(self, sound: Sequence[bool]) -> None:
-        """Let later batches find the pages of the prompts whose requests went well, (B,)."""
+    def commit(self, sound: Sequence[bool | None]) -> None:
+        """Let later batches find the pages of the prompts whose requests went well.
+
+        Args:
+            sound: whether each request did, (B,); None where nobody can say. What those that did
+                not took from the cache is not found again.
+        """
         for lease, is_sound in zip(self.leases, sound, strict=True):
             if is_sound:
                 self._cache.commit(lease)
+            elif is_sound is not None:
+                self._cache.distrust(lease)
 
     def close(self) -> None:
         """Give all pages back. Doing so again changes nothing."""

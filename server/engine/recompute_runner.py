@@ -80,7 +80,7 @@ class _RecomputeSession:
         self._generated = torch.cat([kept, tokens[..., None]], dim=-1)
         return self._level(depth, with_vocab_norm)
 
-    def close(self, sound: Sequence[bool] = ()) -> None:
+    def close(self, sound: Sequence[bool | None] = ()) -> None:
         self._prompts = ()
 
     def _level(self, level: int, with_vocab_norm: bool) -> LevelLogits:

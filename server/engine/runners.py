@@ -58,12 +58,12 @@ class DecodeSession(Protocol):
         """
         ...
 
-    def close(self, sound: Sequence[bool] = ()) -> None:
+    def close(self, sound: Sequence[bool | None] = ()) -> None:
         """End the batch.
 
         Args:
             sound: whether each request went well, so that what was computed of its prompt may
-                serve others, (B,); empty where none did.
+                serve others, (B,); None where nobody can say; empty where that is so of all.
         """
         ...
 
@@ -175,7 +175,7 @@ class _SharedContextSession:
         self._beams.append_step(width, batch_size, codes.device)
         return self._runner.head(hidden, depth, with_vocab_norm=with_vocab_norm)
 
-    def close(self, sound: Sequence[bool] = ()) -> None:
+    def close(self, sound: Sequence[bool | None] = ()) -> None:
         pooled, self._pooled = self._pooled, None
         if pooled is None:
             return
@@ -281,5 +281,5 @@ class _PerBeamSession:
             states.append(last)
         return runner.level(torch.stack(states), depth, with_vocab_norm=with_vocab_norm)
 
-    def close(self, sound: Sequence[bool] = ()) -> None:
+    def close(self, sound: Sequence[bool | None] = ()) -> None:
         self._caches.clear()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rectokens.schemas.search import SearchResult
+from server.engine.base import soundness
 from server.engine.device.timer import Timer
 from server.engine.prompt_leases import PromptLeases
 from server.engine.types import BatchOutcome, EngineFault
@@ -99,7 +100,7 @@ class DeviceRun:
         part.leases.get_ready()
         times = part.timer.wait()
         answers = part.read()
-        part.leases.commit([isinstance(answer, SearchResult) for answer in answers])
+        part.leases.commit([soundness(answer) for answer in answers])
         for row, answer, cached in zip(part.rows, answers, part.leases.cached_tokens, strict=True):
             self.results[row], self._cached[row] = answer, cached
         self._seconds = [a + b for a, b in zip(self._seconds, times, strict=True)]

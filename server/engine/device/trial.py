@@ -98,7 +98,7 @@ class _TrialSession:
         )
         return self._level(model.beam_pass(codes.reshape(-1).int(), rows), depth, batch)
 
-    def close(self, sound: Sequence[bool] = ()) -> None:
+    def close(self, sound: Sequence[bool | None] = ()) -> None:
         self._paths = []
 
     def _level(self, hidden: Tensor, level: int, batch: int) -> LevelLogits:

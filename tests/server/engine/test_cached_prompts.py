@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine import pool_setup
+from server.engine.device.engine import DeviceOptions
 from server.engine.engine import Engine
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions, pool_bytes
@@ -276,3 +277,21 @@ def test_pages_and_cache_must_fit(tiny_lm: Callable[..., Any]) -> None:
     pool = engine._runner.pool  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"the cache has .* \(3, 16\); the pool has \(400, 16\)"):
         PromptPool(pool.pages, PrefixCache(3, 16))
+
+
+@pytest.mark.parametrize("options", [None, DeviceOptions()], ids=["any device", "for devices"])
+def test_a_page_that_was_spoilt_is_not_kept(options: DeviceOptions | None, tiny_lm: Any) -> None:
+    """What is used is never evicted: whoever begins alike would fail for as long as they come."""
+    model = tiny_lm("llama", VOCAB, seed=3)
+    engine = build_engine(model, TOKENS, PoolOptions(memory_bytes=64 * 4 * PAGE_BYTES), options)
+    one, other = request(tokens(70, 1)), request([*tokens(70, 1), 5])
+    expected = engine.search([one, other], TRIE).results
+    pool = engine._runner.pool.pages if isinstance(engine, Engine) else engine._model.pool
+    for keys in pool.keys.values():
+        keys.fill_(torch.nan)
+    (spoilt,) = engine.search([one], TRIE).results
+    assert isinstance(spoilt, EngineFault)
+    assert_same(engine.search([one, other], TRIE).results, expected)
+    outcome = engine.search([one, other], TRIE)
+    assert_same(outcome.results, expected)
+    assert outcome.cached_tokens == (64, 64)

@@ -38,6 +38,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.reference = Reference()
         self.open: list[tuple[Lease, tuple[int, ...]]] = []
         self.committed: set[int] = set()
+        self.distrusted = False
         # What the pages hold: the prefix that ends with them, as a real pool would hold its keys.
         self.contents: dict[int, tuple[int, ...]] = {}
 
@@ -97,14 +98,25 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
+    def distrust(self, data: st.DataObject) -> None:
+        lease, prompt = data.draw(st.sampled_from(self.open))
+        self.cache.distrust(lease)
+        self.distrusted = True
+        for end in range(PAGE, lease.cached_tokens + 1, PAGE):
+            if self.reference.found.get(prompt[:end]) == lease.pages[end // PAGE - 1]:
+                del self.reference.found[prompt[:end]]
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         place = data.draw(st.integers(0, len(self.open) - 1))
         lease, _ = self.open.pop(place)
         self.cache.release(lease)
         with pytest.raises(ValueError, match="released before"):
             self.cache.release(lease)
-        with pytest.raises(ValueError, match="was released"):
-            self.cache.commit(lease)
+        for late in (self.cache.commit, self.cache.distrust):
+            with pytest.raises(ValueError, match="was released"):
+                late(lease)
 
     @rule()
     def clear(self) -> None:
@@ -122,13 +134,15 @@ class CacheMachine(RuleBasedStateMachine):
         assert not free & idle
         assert not free & leased
         assert free | idle | leased == set(range(cache.num_pages))
-        assert set(cache._references) == set(cache._digest_of.keys()) - idle
+        assert set(cache._references) == {page for one, _ in self.open for page in one._shared}
+        assert set(cache._digest_of.keys()) - idle <= set(cache._references)
+        assert idle <= cache._digest_of.keys()
         assert cache.available_pages == len(free) + len(idle)
         assert cache.cached_pages == len(cache._digest_of) <= cache.num_pages
 
     @invariant()
     def a_prefix_outlives_its_continuations(self) -> None:
-        if not hasattr(self, "cache"):
+        if not hasattr(self, "cache") or self.distrusted:
             return
         self._forget_evicted()
         for prefix in self.reference.found:

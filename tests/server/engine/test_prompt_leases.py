@@ -45,6 +45,29 @@ def test_only_sound_prompts_are_remembered() -> None:
     assert again.cached_tokens == [16, 0]
 
 
+def test_what_a_failed_request_had_of_the_cache_is_not_found_again() -> None:
+    """It may be what it failed by: then whoever begins alike would fail until it is evicted."""
+    cache = PrefixCache(20, 16)
+    history = list(range(60))
+    first = PromptLeases(cache, [history, [9] * 40], whole=True)
+    first.commit([True, True])
+    first.close()
+    second = PromptLeases(cache, [history[:40], history[:20], [9] * 40], whole=True)
+    assert second.cached_tokens == [32, 16, 32]
+    other = PromptLeases(cache, [history], whole=True)
+    # The caller of the last one left, which says nothing of it.
+    second.commit([False, True, None])
+    second.close()
+    third = PromptLeases(cache, [history, [9] * 40], whole=True)
+    assert third.cached_tokens == [0, 32]
+    assert not set(third.leases[0].pages) & set(other.leases[0].pages)
+    third.commit([True, True])
+    for leases in (other, third):
+        leases.close()
+    assert cache.available_pages == 20
+    assert PromptLeases(cache, [history], whole=True).cached_tokens == [48]
+
+
 def test_a_batch_that_does_not_fit_holds_nothing() -> None:
     cache = PrefixCache(3, 16)
     with pytest.raises(OutOfPagesError):
