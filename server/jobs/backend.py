@@ -19,6 +19,9 @@ from server.jobs.lanes import Lane
 
 _BUSY_TIMEOUT_S = 30
 _POLL_S = 1.0
+# A database that says nothing for so long is away: whoever waited on would wait for the network to
+# give up, a quarter of an hour, and keep a thread of the service.
+_ANSWER_S = 10
 
 
 class BackendError(RuntimeError):
@@ -173,10 +176,12 @@ def _factory(location: str | Path) -> Callable[[str], BaseStorage]:
     text = str(location)
     scheme = text.partition("://")[0] if "://" in text else ""
     if scheme in ("redis", "rediss", "unix"):
-        return lambda name: _pinged(RedisStorage(name, url=text, read_timeout=_POLL_S))
+        url = _with_timeout(text)
+        return lambda name: _pinged(RedisStorage(name, url=url, read_timeout=_POLL_S))
     if scheme in ("postgresql", "postgres"):
+        bounds = {name: value for name, value in _postgres_bounds().items() if name not in text}
         return lambda name: PostgresStorage(
-            name, dsn=text, table_prefix="rectokens_jobs", read_timeout=_POLL_S
+            name, dsn=text, table_prefix="rectokens_jobs", read_timeout=_POLL_S, **bounds
         )
     if scheme:
         raise BackendError(
@@ -186,6 +191,24 @@ def _factory(location: str | Path) -> Callable[[str], BaseStorage]:
     Path(location).parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"timeout": _BUSY_TIMEOUT_S, "strict_fifo": True, "cache_mb": 1}
     return lambda name: SqliteStorage(name, filename=text, **options)
+
+
+def _with_timeout(url: str) -> str:
+    """A URL of Redis that says how long to wait for an answer."""
+    if "socket_timeout=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}socket_timeout={_ANSWER_S}"
+
+
+def _postgres_bounds() -> dict[str, int]:
+    """Parameters of a connection: how long to wait for it, and for a network that is silent."""
+    return {
+        "connect_timeout": _ANSWER_S,
+        "tcp_user_timeout": 1000 * _ANSWER_S,
+        "keepalives_idle": _ANSWER_S,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+    }
 
 
 def _pinged(storage: RedisStorage) -> RedisStorage:
