@@ -268,7 +268,7 @@ class JobLedger:
                 claim = self._backend.keys.get(_claim_key(job))
                 if claim is None:
                     self._enqueue(job)
-                else:
+                elif not _is_alive(claim):
                     self.interrupt(job, "its worker died when it was about to begin")
         return lost
 
@@ -418,6 +418,17 @@ def _cancel_key(job: Job) -> str:
 
 def _claim_key(job: Job) -> str:
     return f"claim:{job.id}:{job.attempt}"
+
+
+def _is_alive(claim: bytes) -> bool:
+    """Whether whoever made a claim is certain to be there, and will write the record yet."""
+    mark = json.loads(claim)
+    mark.pop("claim", None)
+    try:
+        owner = Owner(**mark)
+    except TypeError:
+        return False
+    return owner.is_here and not owner.is_dead
 
 
 def _require_key(key: str | None) -> None:

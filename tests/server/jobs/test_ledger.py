@@ -175,6 +175,21 @@ def test_messages_that_were_lost_are_found(ledger: JobLedger):
     assert ledger.requeue_lost(lost) == set()
 
 
+def test_a_job_whose_claimant_lives_is_not_lost(ledger: JobLedger):
+    """It has made its mark, and the database went away before the record was written."""
+    job = ledger.submit(JobKind.UPDATE_ITEMS, DELETE)
+    assert ledger._backend.queues[Lane.CATALOG].take() is not None
+    mark = {**dataclasses.asdict(ME), "claim": "0123456789abcdef"}
+    ledger._backend.keys.put(f"claim:{job.id}:1", json.dumps(mark).encode())
+    lost = ledger.requeue_lost(ledger.requeue_lost(()))
+    assert lost == {job.id}
+    assert ledger.get(job.id).state is JobState.QUEUED
+    mark["started"] = ME.started + 1_000
+    ledger._backend.keys.put(f"claim:{job.id}:1", json.dumps(mark).encode())
+    ledger.requeue_lost(lost)
+    assert ledger.get(job.id).state is JobState.INTERRUPTED
+
+
 class Unsteady:
     """A table whose ``call``-th write, and the ``more`` after it, fail before or after they act."""
 
