@@ -125,6 +125,8 @@ class ReleaseFollower:
         self._unloaded: str | None = None
         # When what was replaced last must have left memory.
         self._gone_by_s = math.inf
+        # Whether the model that is served was loaded beside another, which may be in memory yet.
+        self._new_model = False
         self.loading: str | None = None
         self.news = asyncio.Event()
         self._stop = threading.Event()
@@ -160,6 +162,8 @@ class ReleaseFollower:
         self._take_over_first_failure()
         if self._clock() > self._gone_by_s:
             await self._free_what_is_left()
+        if self._new_model and self._service.retired.gone:
+            await self._complete_model()
         try:
             active = await self._call(self._source.active)
         except ReleaseError as error:
@@ -275,6 +279,7 @@ class ReleaseFollower:
         self._unloaded = None
         self._service.metrics.swapped(self._clock() - started)
         self.news.set()
+        self._new_model = self._new_model or new_model
         if new_model:
             # Models may hold themselves in cycles, and a device's memory is freed only with them.
             del candidate
@@ -340,6 +345,14 @@ class ReleaseFollower:
         self._gone_by_s = math.inf
         if not self._service.retired.gone:
             await self._call(free_garbage, collect_all)
+
+    async def _complete_model(self) -> None:
+        """Let the model that is served make what it had no memory for beside the one before."""
+        async with self._loading:
+            self._new_model = False
+            serving = self._service.release
+            if serving is not None:
+                await self._call(serving.engine.get_ready, serving.trie)
 
     async def _load_instead(self, version: str) -> Release:
         """Load a release in the place of the one served, which a drained service can spare."""

@@ -136,7 +136,8 @@ class SearchEngine(Protocol):
         """Make what a catalog needs that is going to be searched, so that no batch has to wait.
 
         On any thread, one at a time, while another one runs batches of another catalog. Searching
-        a catalog without is allowed and right, but its first batch may take seconds.
+        a catalog without is allowed and right, but its first batch may take seconds. For the one
+        that is searched already, whatever memory was too small for until now.
 
         Raises:
             ValueError: the catalog does not fit the model.

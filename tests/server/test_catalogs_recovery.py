@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from contextlib import suppress
@@ -229,3 +230,25 @@ async def test_a_device_that_is_lost_while_a_release_is_loaded_fails_health(
         return (await running.client.get("/health")).status_code == 503
 
     await until(is_dead)
+
+
+async def test_what_a_model_had_no_memory_for_is_made_once_the_one_before_has_gone(
+    start_app, small_store, tiny_lm, monkeypatch
+):
+    running = await start(start_app, small_store)
+    kept = running.service.release  # somebody still uses it
+    asked = []
+    monkeypatch.setattr(
+        "server.engine.engine.Engine.get_ready", lambda engine, trie: asked.append((engine, trie))
+    )
+    small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+    small_store.activate(2)
+    await served(running, 2, small_store)
+    await asyncio.sleep(0.2)
+    assert asked == []
+    del kept
+    await until(lambda: asked)
+    release = running.service.release
+    assert asked == [(release.engine, release.trie)]
+    await asyncio.sleep(0.1)
+    assert len(asked) == 1

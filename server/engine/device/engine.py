@@ -94,6 +94,7 @@ class DeviceEngine(EngineBase):
         self._unsettled: list[DeviceRun] = []
         # Made beside the searches in use, for a catalog (its row_ptrs) that outgrew them.
         self._made: tuple[Tensor, Searches] | None = None
+        self._tried_again = False  # to make those that there was no memory for
         self._sizes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     @property
@@ -108,7 +109,9 @@ class DeviceEngine(EngineBase):
     def get_ready(self, trie: CatalogTrie) -> None:
         """Capture searches for a catalog that has outgrown them, beside those that run.
 
-        They are kept until that catalog is searched or let go, or another one is made ready.
+        The first time also those that there was no memory for when the engine was made: a model
+        that was served until then may have had it. They are kept until that catalog is searched or
+        let go, or another one is made ready.
 
         Raises:
             ValueError: the catalog does not fit the model.
@@ -116,7 +119,9 @@ class DeviceEngine(EngineBase):
         self._check_trie(trie)
         self._made = None
         if self._searches.takes(trie):
-            return
+            if self._searches.is_whole or self._tried_again:
+                return
+            self._tried_again = True
         try:
             with torch.inference_mode():
                 made = self._searches.beside(trie)
@@ -198,7 +203,7 @@ class DeviceEngine(EngineBase):
         """Enqueue a batch; arguments and errors as of :meth:`run`.
 
         Others that were started may be unfinished. They are settled first where they hold pages
-        that this one needs, or search another catalog.
+        that this one needs, or where other searches take over.
         """
         run = DeviceRun(prepared.faults, self._ended)
         wanted = []
@@ -211,8 +216,8 @@ class DeviceEngine(EngineBase):
         pool = self._model.pool
         try:
             with self._lock, torch.inference_mode():
-                if not self._searches.searches(prepared.trie):
-                    self._settle()
+                if wanted:
+                    self._use(prepared.trie)
                 for part in split_by_pages(lengths, pool.page_size, pool.num_pages):
                     self._start_part(prepared, [wanted[index] for index in part], run)
         except Exception as error:
@@ -236,7 +241,6 @@ class DeviceEngine(EngineBase):
                 run.results[row] = leases
             return
         try:
-            self._use(batch.trie)
             timer = Timer(self.device)
             hidden = self._passes(
                 [
@@ -285,9 +289,12 @@ class DeviceEngine(EngineBase):
         """Search ``trie`` from now on, with what was made for it if there is such."""
         made = self._made
         if made is not None and made[0] is trie.row_ptrs:
+            self._settle()  # what was started runs with the others
             self._searches, self._made = made[1], None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the others' graphs are gone
+        elif not self._searches.searches(trie):
+            self._settle()
         self._searches.use(trie)
 
     def _enqueue(

@@ -99,6 +99,11 @@ class Searches:
         """Whether ``trie`` fits what was captured. Any thread may ask; waits for the device."""
         return all(table.shapes.refusal(trie) is None for table in list(self._tables.values()))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether memory was there for all that were to be captured, if any were yet."""
+        return not self._tables or len(self._ready) == len(self._buckets.shapes())
+
     def beside(self, trie: CatalogTrie) -> Searches:
         """Searches for a trie that does not fit these, and for all that do. Any thread.
 
@@ -114,7 +119,8 @@ class Searches:
         made.use(trie)
         if made._gave_up:
             raise CaptureError("searches beside others could not be captured")
-        if len(made._ready) < len(self._ready):
+        wanted = len(self._ready) + self.takes(trie)  # there is no sense in as many for the same
+        if len(made._ready) < wanted:
             raise torch.OutOfMemoryError(
                 f"room for {len(made._ready)} searches beside {len(self._ready)}"
             )

@@ -196,6 +196,61 @@ def test_searches_that_could_not_be_captured_beside_others_do_not_take_their_pla
     assert_same(found, ReferenceSearch(model, TOKENS, codes).search(request), 1e-4)
 
 
+def test_searches_that_memory_was_too_small_for_are_made_once_it_is_there(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a model that was served until then, beside which this one was loaded."""
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    trie, _ = random_catalog(3, 30)
+    batch = [SearchRequest((7, 8, 9), 4, 4), SearchRequest((7, 8), 12, 4)]
+    make, room = Searches._make, 0
+
+    def make_some(searches: Any, batch: int, width: int) -> Any:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise torch.OutOfMemoryError("tried to allocate 8 GiB")
+        return make(searches, batch, width)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Searches, "_make", make_some)
+        room = 2
+        expected = engine.search(batch, trie).results
+    assert len(engine._searches._ready) == 2
+    engine.get_ready(trie)
+    assert engine.search(batch, trie).results == expected
+    assert len(engine._searches._ready) == len(OPTIONS.buckets.shapes())
+    assert engine._made is None
+    in_use = engine._searches
+    engine.get_ready(trie)
+    assert engine._made is None
+    assert engine.search(batch, trie).results == expected
+    assert engine._searches is in_use
+
+
+def test_memory_that_stays_too_small_is_asked_for_once_more_only(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trying takes seconds, and memory that batches may want."""
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    trie, _ = random_catalog(3, 30)
+    asked = []
+
+    def fail(searches: Any, batch: int, width: int) -> Any:
+        asked.append(searches)
+        raise torch.OutOfMemoryError("tried to allocate 8 GiB")
+
+    monkeypatch.setattr(Searches, "_make", fail)
+    expected = engine.search([SearchRequest((7, 8, 9), 4, 4)], trie).results
+    for _ in range(3):
+        engine.get_ready(trie)
+        assert engine._made is None
+    assert len(set(map(id, asked))) == 2
+    assert engine.search([SearchRequest((7, 8, 9), 4, 4)], trie).results == expected
+
+
 def capturing(captured: Callable[..., Any]) -> Callable[..., Any]:
     """As on a GPU, for the time of the call."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from rectokens.decoding.catalog_search import ReferenceSearch
 from rectokens.schemas.search import SearchRequest, SearchResult
 from server.engine.device.engine import DeviceEngine
+from server.engine.device.searches import Searches
 from server.engine.loading import build_engine
 from server.engine.pool_setup import PoolOptions
 from server.engine.types import EngineFault
@@ -100,6 +101,25 @@ def test_one_that_needs_pages_waits_for_those_who_hold_them(make_engine: MakeEng
     assert second.finish().results == engine.run(long).results
 
 
+def test_what_was_begun_ends_before_other_searches_take_over(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    trie, _ = random_catalog(2, 30)
+    batch = engine.prepare([SearchRequest((1, 2), 4, 4)], trie)
+    with monkeypatch.context() as patch:
+        patch.setattr(Searches, "_make", _no_memory)
+        expected = engine.run(batch).results
+    first = engine.start(batch)
+    engine.get_ready(trie)
+    assert engine._made is not None
+    assert first.parts
+    second = engine.start(batch)
+    assert engine._made is None
+    assert first.parts == []
+    assert first.finish().results == second.finish().results == expected
+
+
 def test_one_that_fails_leaves_the_others_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,3 +191,7 @@ def test_without_captured_searches_batches_are_run_whole(make_engine: MakeEngine
 
 def _fail(*_: Any) -> Tensor:
     raise RuntimeError("a kernel failed")
+
+
+def _no_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("tried to allocate 8 GiB")
