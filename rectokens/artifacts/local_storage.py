@@ -128,8 +128,13 @@ class LocalStorage:
             if activation.sequence != (1 if current is None else current.sequence + 1):
                 return False
             self._complete_history(current)
-            with atomic_file(self._active) as partial:
-                partial.write_bytes(to_line(activation))
+            try:
+                with atomic_file(self._active) as partial:
+                    partial.write_bytes(to_line(activation))
+            except OSError:
+                # It may have failed once the pointer was in its place: that is what counts.
+                if self.current() != activation:
+                    raise
             # Done, whatever follows; the next commit completes the history or fails itself.
             with suppress(OSError):
                 self._complete_history(activation)

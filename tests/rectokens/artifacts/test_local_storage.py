@@ -17,6 +17,7 @@ from rectokens.artifacts.errors import ArtifactError
 from rectokens.artifacts.local_storage import LocalStorage
 from rectokens.artifacts.manifest import write_artifact
 from rectokens.artifacts.storage import StoreBusyError
+from rectokens.core import atomic_file
 
 A, B, C = ("a" * 16, "b" * 16, "c" * 16)
 
@@ -95,6 +96,20 @@ def test_full_disk_while_the_pointer_is_written(tmp_path: Path, monkeypatch):
     assert (tmp_path / "active.json").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} <= {"active.json", "history.jsonl", ".lock"}
     assert commit(storage, B)
+
+
+def test_a_commit_whose_folder_cannot_be_synced_has_been_made(tmp_path: Path, monkeypatch):
+    """Whoever is told otherwise, and tries again, rolls back twice."""
+    storage = LocalStorage(tmp_path)
+    assert commit(storage, A)
+
+    def broken(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(atomic_file, "fsync_folder", broken)
+    assert commit(storage, B)
+    monkeypatch.undo()
+    assert [record.release for record in storage.history()] == [A, B]
 
 
 def test_a_real_full_disk(tmp_path: Path):
