@@ -303,11 +303,15 @@ class _Run:
             return self._fail(self._killed_for)
         if "failed" in outcome:
             return self._fail(JobFault.model_validate(outcome["failed"]))
-        if putting_back:
+        # Asked for too late to be seen before its worker was told to end, it counts all the same.
+        if putting_back and not self._cancelled_meanwhile():
             return self._insist(lambda: self._ledger.put_back(self._job))
         if "cancelled" in outcome or self._stop_sent_at is not None:
             return self._finish(JobState.CANCELLED, "cancelled")
         return self._died(exit_code)
+
+    def _cancelled_meanwhile(self) -> bool:
+        return insist(lambda: self._ledger.cancel_requested(self._job), self._job.id, self._ending)
 
     def _died(self, exit_code: int | None) -> Job:
         """The process is gone and has not said why."""

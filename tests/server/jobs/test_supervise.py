@@ -200,6 +200,19 @@ def test_a_job_whose_worker_is_told_to_end(workplace, start):
     assert nothing_left(workplace)
 
 
+def test_a_job_that_is_cancelled_as_its_worker_ends_stays_so(workplace, start):
+    workplace.parquet("items.parquet", 30_000)
+    runner = start(batch_size=1)
+
+    def both(job: Job) -> None:
+        runner.ending.set()
+        runner.ledger.cancel(job.id)
+
+    job = runner.run(JobKind.REINDEX, REINDEX, encoding, both)
+    assert (job.state, job.attempt) == (JobState.CANCELLED, 1)
+    assert nothing_left(workplace)
+
+
 def test_a_database_that_is_away_does_not_end_a_job(workplace, start, monkeypatch):
     workplace.parquet("items.parquet", 100)
     runner = start()
