@@ -62,7 +62,12 @@ class AheadEncoder:
         started = time.monotonic()
         for first in range(0, rows.num_rows, _GROUP_ROWS):
             began = time.monotonic()
-            rows.encode_ahead(first, min(first + _GROUP_ROWS, rows.num_rows))
+            try:
+                rows.encode_ahead(first, min(first + _GROUP_ROWS, rows.num_rows))
+            except Exception:
+                # For want of memory just now, for example: the prompt that asks for these encodes
+                # them, and the others are not kept from it.
+                _log.warning("embeddings not encoded ahead", first_row=first, exc_info=True)
             pause_s = _BUSY_PAUSE_S if self._busy() else time.monotonic() - began
             if stop.wait(pause_s):
                 return

@@ -51,6 +51,24 @@ def test_every_row_is_encoded_in_groups(encoder, encoded_rows, busy):
     assert torch.equal(packed, encode_embeddings(WEIGHT, 4)[0])
 
 
+def test_a_group_that_fails_does_not_end_the_others(encoder, encoded_rows, monkeypatch):
+    encode_ahead, failures = EncodedTable.encode_ahead, [RuntimeError("not enough memory")]
+
+    def unsteady(self, first, end):
+        if first == 32 and failures:
+            raise failures.pop()
+        encode_ahead(self, first, end)
+
+    monkeypatch.setattr(EncodedTable, "encode_ahead", unsteady)
+    rows = table()
+    encoder().begin(rows)
+    wait_until(lambda: not threads())
+    assert encoded_rows == [32, 32, 4]
+    packed, _ = rows.encode(range(100))
+    assert encoded_rows[3:] == [32]
+    assert torch.equal(packed, encode_embeddings(WEIGHT, 4)[0])
+
+
 def test_a_new_table_takes_the_place_of_the_old(encoder, encoded_rows, monkeypatch):
     monkeypatch.setattr(ahead, "_BUSY_PAUSE_S", 600)
     one = encoder(lambda: True)
