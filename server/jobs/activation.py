@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rectokens.artifacts.activation import Activation
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
+from rectokens.artifacts.release import ReleaseArtifact
 from rectokens.artifacts.release_store import (
     ANY_RELEASE,
     ActivationConflictError,
@@ -147,13 +148,24 @@ def _pass_gate(
     with reporter.stage(0.0, 0.9, "trying the release"):
         report = environment.gate(
             ProposedActivation(
-                current=store.open_active(),
+                current=_current(environment, reporter),
                 proposed=store.open_release(release),
                 options=params.gate,
                 reporter=reporter,
             )
         )
     return None if report is None else dict(report)
+
+
+def _current(environment: JobEnvironment, reporter: JobReporter) -> ReleaseArtifact | None:
+    """The active release; None where it is damaged, which calls for another the more."""
+    try:
+        return environment.store.open_active()
+    except UnreadableError:
+        raise
+    except ArtifactError as error:
+        reporter.log(f"the active release cannot be opened: {error}")
+        return None
 
 
 def _outcome(

@@ -17,7 +17,7 @@ class ProposedActivation:
     """A release that is about to become active.
 
     Attributes:
-        current: the active one, None for none.
+        current: the active one, None for none and for one that is damaged.
         proposed: the one to take its place.
         options: of the request, None for the defaults.
         reporter: of the job.

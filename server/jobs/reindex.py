@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.release_store import ANY_RELEASE, ExpectedActive
 from rectokens.artifacts.tokenizer import TokenizerArtifact
 from rectokens.catalog.artifact import load_catalog
@@ -43,7 +44,7 @@ def reindex(
     """
     store = environment.store
     with changing_catalogs(store, reporter):
-        active = active_config(store)
+        active = _active(params, environment, reporter)
         tokenizer = _tokenizer(params, environment, active)
         policy = params.collisions or (
             "share" if active is None else active.config.collision_policy
@@ -94,6 +95,22 @@ def reindex(
     result["seconds"] |= {"encode": round(encode_s, 3), "build": round(build_s, 3)}
     result["items_per_s"] = round(catalog.num_items / encode_s, 1)
     return result
+
+
+def _active(
+    params: ReindexParams, environment: JobEnvironment, reporter: JobReporter
+) -> ActiveConfig | None:
+    """The active release; None as well where it is damaged and nothing of it is asked for."""
+    try:
+        return active_config(environment.store)
+    except UnreadableError:
+        raise
+    except ArtifactError as error:
+        wanted = (params.tokenizer, params.model, params.collisions)
+        if params.constraint_sets == "keep" or None in wanted:
+            raise
+        reporter.log(f"the active release cannot be opened: {error}")
+        return None
 
 
 def _tokenizer(

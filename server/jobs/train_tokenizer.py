@@ -34,7 +34,7 @@ def train_tokenizer(
         ``tokenizer``, its version; ``fingerprint``; ``report``, see
         :func:`~rectokens.tokenizers.quality.quality_report`; ``fits_active_model``, whether the
         active model has as many levels and codes (it must be trained for the fingerprint all the
-        same), None where no release is active; ``seconds``.
+        same), None where no release is active or it cannot be opened; ``seconds``.
 
     Raises:
         JobFailure, OSError: it cannot be done; nothing is left.
@@ -78,7 +78,7 @@ def train_tokenizer(
         "tokenizer": path.name,
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "report": report,
-        "fits_active_model": _fits(tokenizer, environment),
+        "fits_active_model": _fits(tokenizer, environment, reporter),
         "seconds": {
             "fit": round(fit_s, 3),
             "measure": round(time.perf_counter() - started - fit_s, 3),
@@ -121,8 +121,15 @@ def _fit(
     return trained, asdict(training)
 
 
-def _fits(tokenizer: ResidualTokenizer, environment: JobEnvironment) -> bool | None:
-    active = active_config(environment.store)
+def _fits(
+    tokenizer: ResidualTokenizer, environment: JobEnvironment, reporter: JobReporter
+) -> bool | None:
+    try:
+        active = active_config(environment.store)
+    except Exception as error:
+        # The tokenizer is in the store by now, whatever is wrong with something else there.
+        reporter.log(f"cannot tell whether it fits: {type(error).__name__}: {error}")
+        return None
     if active is None:
         return None
     levels = active.config.num_levels - (active.config.collision_policy == "extra_level")
