@@ -10,7 +10,7 @@ import pytest
 
 from server.errors import ErrorKind, ServiceError
 from tests.server.batching.asking import ask, ask_while_busy, begun, search
-from tests.waiting import LIMIT_S
+from tests.waiting import LIMIT_S, until
 
 
 async def test_the_queue_is_bounded_in_beam_rows(make_batcher, release):
@@ -120,14 +120,21 @@ async def test_a_hitch_keeps_nobody_out_once_it_is_over(make_batcher, release, c
     batcher = make_batcher(clock=clock)
     release.engine.on_search = take(clock, 20.0)
     await asyncio.gather(*await _crowd(batcher, release))
+    await _idle(batcher)
     release.engine.on_search = take(clock, 0.01)
     for _ in range(4):
         await ask(batcher, release, search(beam_width=10))
+        await _idle(batcher)
     head, _ = await ask_while_busy(batcher, release, [])
     with batcher.admit(10, clock() + 1.0):
         pass
     release.engine.gate.set()
     await head
+
+
+async def _idle(batcher):
+    """A batch is over shortly after its answers are handed out."""
+    await until(lambda: batcher.beam_rows == 0)
 
 
 async def _crowd(batcher, release):
@@ -141,6 +148,7 @@ async def test_a_batch_that_failed_at_once_is_no_measure_of_speed(make_batcher, 
     batcher = make_batcher(clock=clock)
     release.engine.on_search = take(clock, 0.1)
     await ask(batcher, release, search(beam_width=10))  # 100 rows a second
+    await _idle(batcher)
 
     def fail(requests):
         clock.now += 0.001
@@ -149,6 +157,7 @@ async def test_a_batch_that_failed_at_once_is_no_measure_of_speed(make_batcher, 
     release.engine.on_search = fail
     with pytest.raises(ServiceError):
         await ask(batcher, release, search(beam_width=900))
+    await _idle(batcher)
     release.engine.on_search = take(clock, 0.1)
     head, tasks = await ask_while_busy(batcher, release, [search(beam_width=300)])
     with pytest.raises(ServiceError) as error:
