@@ -10,13 +10,14 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.files import (
     flush_folder,
     names_below,
@@ -117,9 +118,10 @@ def write_artifact(
 
     ``populate`` fills a temporary sibling; its files are flushed to the disk, the manifest is
     written last, then the folder is renamed to its version. The same content gives the same
-    folder: one that exists already is checked and kept. Whatever fails, the temporary folder is
-    removed; a killed writer leaves a hidden one behind, which no reader looks at and which
-    :func:`remove_partials` (called here for folders older than a day) clears away.
+    folder: one that exists already is checked and kept or, if it is damaged, replaced. Whatever
+    fails, the temporary folder is removed; a killed writer leaves a hidden one behind, which no
+    reader looks at and which :func:`remove_partials` (called here for folders older than a day)
+    clears away.
 
     Args:
         root: folder of the version folders; created if missing.
@@ -132,8 +134,8 @@ def write_artifact(
         ``root/<version>``.
 
     Raises:
-        ArtifactError: unknown kind, unusable file name, no files, a folder of this version that
-            is damaged.
+        ArtifactError: unknown kind, unusable file name, no files.
+        UnreadableError: a folder of this version is there, and cannot be read just now.
     """
     _require_kind(kind)
     require_finite(numbers, f"numbers of the {kind}")
@@ -149,17 +151,19 @@ def write_artifact(
         write_json(partial / MANIFEST_NAME, _to_json(kind, version, files, parents, numbers))
         flush_folder(partial)
         target = root / version
-        if not target.exists():
-            try:
-                os.rename(partial, target)
-            except OSError as error:
-                # Another writer of the same content was quicker.
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-            else:
-                fsync_folder(root)
+        if target.exists():
+            if _is_intact(target, kind):
                 return target
-        _require_intact(target, kind)
+            _set_aside(target)
+        try:
+            os.rename(partial, target)
+        except OSError as error:
+            # Another writer of the same content was quicker.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            open_artifact(target, kind)
+        else:
+            fsync_folder(root)
         return target
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -274,13 +278,22 @@ def _require_kind(kind: str, where: str = "artifact") -> None:
         )
 
 
-def _require_intact(target: Path, kind: str) -> None:
+def _is_intact(target: Path, kind: str) -> bool:
     try:
         open_artifact(target, kind)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"{target} exists already and is damaged ({error}); remove it and write again"
-        ) from error
+    except UnreadableError:
+        raise
+    except ArtifactError:
+        return False
+    return True
+
+
+def _set_aside(target: Path) -> None:
+    """Remove a damaged folder, of which the content is at hand."""
+    doomed = partial_sibling(target.parent)
+    with suppress(FileNotFoundError):
+        os.rename(target, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _survey(folder: Path) -> dict[str, FileEntry]:
@@ -318,7 +331,7 @@ def _verify_checksums(folder: Path, manifest: Manifest) -> None:
     try:
         hashes = sha256_files(folder, list(manifest.files))
     except OSError as error:
-        raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise UnreadableError(f"{error.filename} cannot be read: {error.strerror}") from error
     for (name, entry), digest in zip(manifest.files.items(), hashes, strict=True):
         if digest != entry.sha256:
             raise ArtifactError(

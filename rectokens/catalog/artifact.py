@@ -63,7 +63,7 @@ def save_catalog(
         ``root/<version>``.
 
     Raises:
-        ArtifactError: ``numbers`` are not finite, or that version exists and is damaged.
+        ArtifactError: ``numbers`` are not finite, or that version is there and cannot be read.
         OSError: a file cannot be written, for example because the disk is full; nothing is left.
     """
 

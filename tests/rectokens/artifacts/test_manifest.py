@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts import manifest
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
+from rectokens.artifacts.files import sha256_files
 from rectokens.artifacts.manifest import (
     ParentRef,
     content_version,
@@ -83,11 +86,31 @@ def test_a_renamed_folder_is_still_the_artifact(artifact: Path, tmp_path: Path):
     assert open_artifact(mounted, "tokenizer").version == artifact.name
 
 
-def test_rewriting_over_a_damaged_folder_is_refused(artifact: Path):
-    (artifact / "a.txt").write_bytes(b"alphA")
-    with pytest.raises(ArtifactError, match="exists already and is damaged"):
+@pytest.mark.parametrize("damage", ["flipped", "missing", "extra", "no manifest"])
+def test_a_damaged_folder_is_mended_by_writing_the_same_again(artifact: Path, damage: str):
+    if damage == "flipped":
+        (artifact / "a.txt").write_bytes(b"alphA")
+    elif damage == "extra":
+        (artifact / "c.txt").write_bytes(b"c")
+    else:
+        (artifact / ("a.txt" if damage == "missing" else "manifest.json")).unlink()
+    assert write_artifact(artifact.parent, "tokenizer", populate) == artifact
+    open_artifact(artifact, "tokenizer")
+    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
+
+
+def test_a_folder_that_cannot_be_read_just_now_is_left_alone(artifact: Path, monkeypatch):
+    def away(folder: Path, names: Sequence[str]) -> list[str]:
+        if folder.name == artifact.name:
+            raise OSError(errno.EIO, "Input/output error", str(folder / "a.txt"))
+        return sha256_files(folder, names)
+
+    monkeypatch.setattr(manifest, "sha256_files", away)
+    with pytest.raises(UnreadableError, match=r"a\.txt cannot be read"):
         write_artifact(artifact.parent, "tokenizer", populate)
-    assert [p.name for p in artifact.parent.iterdir()] == [artifact.name]
+    monkeypatch.undo()
+    open_artifact(artifact, "tokenizer")
+    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
