@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import weakref
 from contextlib import suppress
@@ -244,11 +243,13 @@ async def test_what_a_model_had_no_memory_for_is_made_once_the_one_before_has_go
     small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
     small_store.activate(2)
     await served(running, 2, small_store)
-    await asyncio.sleep(0.2)
+    looks, active = [], running.app.state.link._source.active
+    running.app.state.link._source.active = lambda: (looks.append(1), active())[1]
+    await until(lambda: len(looks) > 3)
     assert asked == []
     del kept
     await until(lambda: asked)
+    looks.clear()
+    await until(lambda: len(looks) > 3)
     release = running.service.release
     assert asked == [(release.engine, release.trie)]
-    await asyncio.sleep(0.1)
-    assert len(asked) == 1
