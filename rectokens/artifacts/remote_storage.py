@@ -116,13 +116,17 @@ class RemoteStorage:
         return target
 
     def publish(self, kind: ArtifactKind, version: str) -> None:
-        """See ``Storage.publish``: uploads the files, then the manifest."""
+        """See ``Storage.publish``: uploads the files, then the manifest.
+
+        Of a version that is there the sizes are looked at: reading it takes as long as writing.
+        """
         folder = self.local.path(kind, version)
         manifest = open_artifact(folder, kind)
         if manifest.version != version:
             raise ArtifactError(f"{folder} holds {kind} version {manifest.version}")
-        with suppress(ArtifactError):  # not there; or cut off, by a file system that can do that
-            self.manifest(kind, version)
+        with suppress(ArtifactError):  # not there, or not whole: it is written, or mended
+            for name, entry in self.manifest(kind, version).files.items():
+                self._require_size(self._path(kind, version, name), entry.size)
             return
         self._fs.makedirs(self._path(kind, version), exist_ok=True)
         for name, entry in manifest.files.items():

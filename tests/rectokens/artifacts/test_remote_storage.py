@@ -272,6 +272,20 @@ def test_a_manifest_that_was_cut_off_is_written_again(storage, version, memory, 
     assert storage.manifest("tokenizer", version).version == version
 
 
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_a_file_that_is_gone_or_cut_is_written_again(
+    storage, version, memory, prefix, tmp_path, damage
+):
+    path = f"{prefix}/tokenizers/{version}/deep/file"
+    if damage == "removed":
+        memory.rm_file(path)
+    else:
+        memory.pipe_file(path, b"con")
+    storage.publish("tokenizer", version)
+    elsewhere = RemoteStorage(memory, prefix, tmp_path / "elsewhere")
+    assert (elsewhere.fetch("tokenizer", version) / "deep" / "file").read_bytes() == b"content"
+
+
 def test_a_probe_of_a_killed_process_is_cleaned(storage, memory, prefix):
     record = next_activation(None, A, None)
     storage.commit(record)
