@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from rectokens.schemas.search import SearchRequest
 from server.engine.device.engine import DeviceEngine, DeviceOptions
 from server.engine.engine import Engine
-from server.engine.loading import build_engine
+from server.engine.loading import build_engine, load_engine
 from server.engine.recompute_runner import RecomputeRunner
 from server.engine.runners import PerBeamRunner, SharedContextRunner
 from tests.server.engine.device.device_cases import (
@@ -97,6 +98,33 @@ def test_nor_do_those_of_an_engine_that_is_made_meanwhile(tiny_lm: Callable[...,
             engine.search(BATCH[:1], TRIE)
         for one, wanted in zip(engine.search(BATCH, TRIE).results, expected, strict=True):
             assert_same(one, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("options", [None, OPTIONS], ids=["any device", "for devices"])
+def test_nor_on_a_model_that_is_loaded_meanwhile(
+    options: DeviceOptions | None,
+    tiny_lm: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    tiny_lm("llama", VOCAB, seed=4).to(torch.bfloat16).save_pretrained(tmp_path)
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, options)
+    expected = engine.search(BATCH, TRIE).results
+    make = LlamaForCausalLM.__init__
+
+    def searched_meanwhile(model: Any, *args: Any, **kwargs: Any) -> None:
+        make(model, *args, **kwargs)
+        with ThreadPoolExecutor(1) as other:
+            found = other.submit(engine.search, BATCH, TRIE).result().results
+        for one, wanted in zip(found, expected, strict=True):
+            assert_same(one, wanted, 1e-6)
+        monkeypatch.undo()
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", searched_meanwhile)
+    load_engine(tmp_path, TOKENS, device="cpu", dtype="bfloat16")
+    assert LlamaForCausalLM.__init__ is make
 
 
 def unnamed(source: str) -> list[int]:
