@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ _LOOK_S = 0.05
 # A server looks for requests ten times a second, unless it loads something just now.
 _CLAIM_TIMEOUT_S = 600.0
 _ASK_AGAIN_S = 30.0
+# How long the database may be away meanwhile.
+_AWAY_S = 60.0
 # No new sign of life for so long, measured here: the server is dead or hangs.
 _SILENCE_S = 20.0
 
@@ -87,7 +90,8 @@ class ActivationSteps:
         try:
             report = self._wait_for_report(request)
         finally:
-            self.board.close_request(request_id)
+            with suppress(Exception):  # what nobody waits for is forgotten by itself
+                self.board.close_request(request_id)
         if report is None:
             self.say("no serving process is left to try the release")
             return None
@@ -118,20 +122,30 @@ class ActivationSteps:
             self.sleep(_LOOK_S)
 
     def _wait_for_report(self, request: RehearsalRequest) -> RehearsalReport | None:
-        request_id = request.id
-        asked_at = self.clock()
+        asked_at = heard_at = answered_at = self.clock()
         until = asked_at + _CLAIM_TIMEOUT_S
-        last_beat, heard_at = -1, self.clock()
+        last_beat, is_away = -1, False
         while True:
-            report = self.board.report_of(request_id)
-            if report is not None:
-                return report
             self.check_cancelled()
-            if self.clock() - asked_at > _ASK_AGAIN_S:
-                asked_at = self.clock()
-                self.board.ask(request)
-            claimant = self.board.claimed_by(request_id)
-            alive = {state.server: state for state in self.board.servers()}
+            try:
+                if self.clock() - asked_at > _ASK_AGAIN_S:
+                    asked_at = self.clock()
+                    self.board.ask(request)
+                report = self.board.report_of(request.id)
+                if report is not None:
+                    return report
+                claimant = self.board.claimed_by(request.id)
+                alive = {state.server: state for state in self.board.servers()}
+            except Exception as error:
+                # The database is away for a while, and nobody's signs of life are seen.
+                if not is_away:
+                    self.say(f"cannot see the report: {type(error).__name__}: {error}")
+                is_away, heard_at = True, self.clock()
+                if heard_at - answered_at > _AWAY_S:
+                    raise
+                self.sleep(_LOOK_S)
+                continue
+            is_away, answered_at = False, self.clock()
             if claimant is None:
                 if not alive:
                     return None

@@ -162,3 +162,49 @@ def test_a_job_that_waits_for_long_says_so_again(steps, board, alive, clock):
     clock.after(1, lambda: board.claim("1", "a"))
     clock.after(999, lambda: board.report("1", report("passed")))
     assert steps.rehearse("1", "new", None).state == "passed"
+
+
+def failing(monkeypatch, board, name, clock, until_s):
+    """The call fails until then."""
+    real = getattr(board, name)
+
+    def unsteady(*arguments):
+        if clock.now < until_s:
+            raise ConnectionError("the database is away")
+        return real(*arguments)
+
+    monkeypatch.setattr(board, name, unsteady)
+
+
+@pytest.mark.parametrize("call", ["report_of", "claimed_by", "servers"])
+def test_a_database_that_is_away_for_a_while_fails_no_rehearsal(
+    steps, board, alive, clock, monkeypatch, call
+):
+    for second in range(70):
+        clock.after(second, lambda second=second: alive("a", "old", beat=second))
+    alive("a", "old")
+    clock.after(1, lambda: failing(monkeypatch, board, call, clock, clock.now + 40))
+    clock.after(50, lambda: board.claim("1", "a"))
+    clock.after(60, lambda: board.report("1", report("passed")))
+    assert steps.rehearse("1", "new", None).state == "passed"
+    assert any("the database is away" in line for line in steps.said)
+    assert len(steps.said) < 6
+
+
+def test_a_database_that_stays_away_fails_it(steps, board, alive, clock, monkeypatch):
+    alive("a", "old")
+    begun = clock.now
+    clock.after(1, lambda: failing(monkeypatch, board, "report_of", clock, 10**9))
+    with pytest.raises(ConnectionError):
+        steps.rehearse("1", "new", None)
+    assert 60 < clock.now - begun < 120
+
+
+def test_a_request_that_cannot_be_taken_back_changes_nothing(
+    steps, board, alive, clock, monkeypatch
+):
+    alive("a", "old")
+    clock.after(1, lambda: board.claim("1", "a"))
+    clock.after(2, lambda: board.report("1", report("passed")))
+    failing(monkeypatch, board, "close_request", clock, 10**9)
+    assert steps.rehearse("1", "new", None).state == "passed"
