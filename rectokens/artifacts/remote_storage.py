@@ -45,6 +45,7 @@ _READS = 3
 # After so long nobody is still writing a record.
 _TORN_S = 60.0
 _SETTLE_S = 2.0
+_LATEST = 16
 
 
 class RemoteStorage:
@@ -155,8 +156,10 @@ class RemoteStorage:
                 if self._is_gone(kind, name) and self._age_s(folder) >= older_than_s:
                     self._fs.rm(folder, recursive=True)
                     removed.append(folder)
-        # Half written, on a file system that is no object store: it would block its number.
-        doomed = [self._record_path(n) for n in self._numbers() if self._record(n) is None]
+        # Half written, on a file system that is no object store: it would block its number. Those
+        # far below the latest block nothing, and reading all would take longer with every one.
+        latest = sorted(self._numbers())[-_LATEST:]
+        doomed = [self._record_path(n) for n in latest if self._record(n) is None]
         probes = [name for name in self._list(ACTIVATIONS) if name.startswith(_PROBE)]
         doomed += [f"{self._prefix}/{ACTIVATIONS}/{name}" for name in probes]
         for path in doomed:
