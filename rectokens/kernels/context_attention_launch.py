@@ -146,7 +146,7 @@ def launch_prompt(
         query: (R, Hq, D); heads of a row are contiguous.
         keys: (P, Hkv, page size, D), contiguous.
         values: likewise.
-        tile_request: int32 (tiles,), request of each tile of queries, -1 for none.
+        tile_request: int32 (tiles,), request of each tile of queries, then -1 where there is none.
         tile_start: int32 (tiles,), its first query, counted within the request.
         query_starts: int32 (B + 1,), first row of each request.
         lengths: int32 (B,), positions of each request in the pages, its queries included.
@@ -266,6 +266,7 @@ def launch_beams(
     parts: int | None = None,
     bulk: bool | None = None,
     pipelined: bool | None = None,
+    paired: bool | None = None,
 ) -> Tensor:
     """Beams over their request's context and their own positions.
 
@@ -288,6 +289,8 @@ def launch_beams(
         bulk: whether to load by bulk tensor copies; None for where that is possible.
         pipelined: whether to overlap blocks, which goes without ``tile`` and ``bulk``; None for
             where that is possible and parts are long.
+        paired: whether two groups of warps share keys and values of whole contexts, which goes
+            where blocks can overlap; None for where that is possible and beams are many.
 
     Returns:
         (B * W, Hq, D).
@@ -297,6 +300,29 @@ def launch_beams(
     group = heads // kv_heads
     batch_size, width = paths.shape[:2]
     usual = tile or beam_tile(dim, query.dtype)
+    out = query.new_empty((rows, heads, dim))
+    if paired is None:
+        paired = (
+            pipelined is None
+            and parts is None
+            and _can_pipeline(query, keys, tile, window, softcap, bulk)
+            and paired_launch.fills(batch_size, width, kv_heads, group, query.device)
+        )
+    if paired:
+        paired_launch.launch_beams(
+            query,
+            keys,
+            values,
+            lengths,
+            page_table,
+            own_keys,
+            own_values,
+            paths,
+            step,
+            out,
+            scale=scale,
+        )
+        return out
     if parts is None:
         parts = parts_for(batch_size, width, kv_heads, group, usual, query.device)
     if pipelined is None:
@@ -308,7 +334,6 @@ def launch_beams(
         bulk = takes_bulk(dim, query.dtype, keys.shape[2], tile, query.device)
     partial = query.new_empty((parts, rows, heads, dim), dtype=torch.float32)
     norms = query.new_empty((parts, rows, heads), dtype=torch.float32)
-    out = query.new_empty((rows, heads, dim))
     cap, seen = 1.0 if softcap is None else softcap, 0 if window is None else window
     block_r = 16
     with on_device(query.device):

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rectokens.kernels import paired_attention as kernels
-from rectokens.kernels import pipelined_launch
+from rectokens.kernels import paired_attention, paired_beams, pipelined_launch
 from rectokens.kernels.compile_ahead import launcher
-from rectokens.kernels.launch_device import on_device
-from rectokens.kernels.optional_triton import gl
+from rectokens.kernels.launch_device import multiprocessors, on_device
+from rectokens.kernels.optional_triton import gl, triton
 
 # From here on they are sooner done. A multiprocessor holds one program, which has nothing to
 # multiply at its beginning and its end: prompts must be long, and tiles enough for all.
@@ -20,7 +19,8 @@ MIN_ROWS = 2304
 MIN_POSITIONS = 2048
 
 _WIDTH = 64  # columns of a copy: what shared memory keeps together
-_MOST_TOGETHER = 16
+_FEW_HALVES = 6
+_INTERPRETED = 4  # multiprocessors of a device that has none
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,22 @@ def is_worthwhile(rows: int, longest: int) -> bool:
     return rows >= MIN_ROWS and longest >= MIN_POSITIONS
 
 
-def together(heads: int) -> int:
-    """Heads that are computed at once, so that what they read stays in the cache.
+def fills(batch_size: int, width: int, kv_heads: int, group: int, device: torch.device) -> bool:
+    """Whether beams are enough for the kernel, which does not cut their contexts into parts.
 
-    All of them where they are few, otherwise equal shares.
+    Args:
+        batch_size: requests that there is room for.
+        width: beams of each.
+        kv_heads: of the keys.
+        group: query heads of each of them.
+        device: where they are.
     """
-    return next(n for n in range(min(heads, _MOST_TOGETHER), 0, -1) if heads % n == 0)
+    rows = width * group
+    halves = triton.cdiv(2 * rows, TILE.rows)
+    # The other half of a tile costs as much where no beam is.
+    is_even = halves % 2 == 0 or halves > _FEW_HALVES
+    tiles = batch_size * kv_heads * triton.cdiv(rows, TILE.rows)
+    return bool(is_even and tiles * 4 >= 3 * multiprocessors(device, _INTERPRETED))
 
 
 def launch_prompt(
@@ -83,10 +93,10 @@ def launch_prompt(
     tile: PairedTile = TILE,
 ) -> None:
     """As ``context_attention_launch.launch_prompt``, of tiles of ``tile.rows``."""
-    heads, dim = query.shape[1:]
-    at_once = together(heads)
+    heads = query.shape[1]
+    tiles = tile_request.shape[0]
     with on_device(query.device):
-        launcher(kernels.prompt_kernel, (at_once, tile_request.shape[0], heads // at_once))(
+        launcher(paired_attention.prompt_kernel, _grid(tiles * heads, query.device))(
             query,
             *_descriptors(keys, values),
             out,
@@ -96,19 +106,77 @@ def launch_prompt(
             lengths,
             page_table,
             page_table.stride(0),
+            tiles,
+            heads,
             query.stride(0),
             out.stride(0),
             scale,
             keys.shape[1],
-            GROUP=heads // keys.shape[1],
-            PAGE=keys.shape[2],
-            M=tile.rows // 2,
-            DIM=dim,
-            STAGES=tile.stages,
-            GROUP_REGISTERS=tile.group_registers,
-            COPY_REGISTERS=tile.copy_registers,
-            num_warps=4,
+            **_common(query, keys, tile),
         )
+
+
+def launch_beams(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    paths: Tensor,
+    step: int,
+    out: Tensor,
+    *,
+    scale: float,
+    tile: PairedTile = TILE,
+) -> None:
+    """As ``context_attention_launch.launch_beams``, all of it, to ``out``."""
+    heads = query.shape[1]
+    kv_heads = keys.shape[1]
+    batch_size, width = paths.shape[:2]
+    of_a_head = triton.cdiv(width * (heads // kv_heads), tile.rows)
+    places = of_a_head * kv_heads * batch_size
+    with on_device(query.device):
+        launcher(paired_beams.beam_kernel, _grid(places, query.device))(
+            query,
+            *_descriptors(keys, values),
+            own_keys,
+            own_values,
+            paths,
+            out,
+            lengths,
+            page_table,
+            page_table.stride(0),
+            places,
+            width,
+            step + 1,
+            query.stride(0),
+            out.stride(0),
+            own_keys.stride(0),
+            paths.stride(1),
+            scale,
+            kv_heads,
+            **_common(query, keys, tile),
+        )
+
+
+def _grid(tiles: int, device: torch.device) -> tuple[int]:
+    """No more programs than run at once; they share out the tiles."""
+    return (min(tiles, multiprocessors(device, _INTERPRETED)),)
+
+
+def _common(query: Tensor, keys: Tensor, tile: PairedTile) -> dict[str, Any]:
+    return {
+        "GROUP": query.shape[1] // keys.shape[1],
+        "PAGE": keys.shape[2],
+        "M": tile.rows // 2,
+        "DIM": query.shape[2],
+        "STAGES": tile.stages,
+        "GROUP_REGISTERS": tile.group_registers,
+        "COPY_REGISTERS": tile.copy_registers,
+        "num_warps": 4,
+    }
 
 
 def _descriptors(keys: Tensor, values: Tensor) -> list[Any]:

@@ -55,7 +55,7 @@ class PackedPrompts:
         query_starts: int32 (B + 1,), first row of each request, then R.
         lengths: int32 (B,), positions of each in the pages: cached ones, then its rows.
         page_table: int32 (B, most pages).
-        tile_request: int32 (tiles,), request of each tile of rows, -1 for none.
+        tile_request: int32 (tiles,), request of each tile of rows, then -1 where there is none.
         tile_start: int32 (tiles,), first row of each tile, counted within the request. Rows
             that no tile covers get no result.
         tile_rows: rows of a tile.

@@ -1,4 +1,4 @@
-"""Which kernel computes the attention of prompts: by their length, where the device has several."""
+"""Which kernel computes an attention: by how much there is of it, where the device has several."""
 
 from __future__ import annotations
 
@@ -76,6 +76,63 @@ def test_tiles_of_other_types_are_not_paired(device: str) -> None:
     assert launch.long_from(128, torch.float32, 64, CPU, 8192) is None
 
 
-@pytest.mark.parametrize(("heads", "expected"), [(16, 16), (8, 8), (32, 16), (40, 10), (1, 1)])
-def test_heads_are_computed_in_equal_shares(heads: int, expected: int) -> None:
-    assert paired_launch.together(heads) == expected
+@pytest.fixture
+def launched_for_beams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that would have been launched for beams."""
+    names: list[str] = []
+    monkeypatch.setattr(paired_launch, "launch_beams", lambda *_, **__: names.append("paired"))
+    monkeypatch.setattr(
+        pipelined_launch, "launch_context", lambda *_, **__: names.append("pipelined")
+    )
+    monkeypatch.setattr(
+        launch, "launcher", lambda kernel, _: lambda *_, **__: names.append(kernel.__name__)
+    )
+    for module in (launch, paired_launch):
+        monkeypatch.setattr(module, "multiprocessors", lambda *_: 132)
+    return names
+
+
+PAIRED = ["paired"]
+PIPELINED = ["pipelined", "merge_kernel"]
+PLAIN = ["context_kernel", "merge_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("requests", "width", "asked", "expected"),
+    [
+        (8, 256, {}, PAIRED),
+        (4, 256, {}, PAIRED),
+        (16, 64, {}, PAIRED),
+        (2, 256, {}, PIPELINED),
+        (1, 256, {}, PLAIN),
+        # Half of each tile would be empty; a quarter; an eighth.
+        (64, 32, {}, PIPELINED),
+        (32, 96, {}, PIPELINED),
+        (16, 224, {}, PAIRED),
+        (8, 256, {"parts": 1}, PIPELINED),
+        (8, 256, {"pipelined": True}, PIPELINED),
+        (8, 256, {"paired": False}, PIPELINED),
+        (8, 256, {"window": 100}, PLAIN),
+        (8, 256, {"softcap": 3.0}, PLAIN),
+        (1, 256, {"paired": True}, PAIRED),
+    ],
+)
+def test_the_kernel_of_beams(
+    device: str,
+    launched_for_beams: list[str],
+    requests: int,
+    width: int,
+    asked: dict[str, object],
+    expected: list[str],
+) -> None:
+    query = torch.empty(requests * width, 16, 64, dtype=torch.bfloat16)
+    own = torch.empty(1, requests * width, 8, 64, dtype=torch.bfloat16)
+    pages = torch.empty(1, 8, 64, 64, dtype=torch.bfloat16)
+    ints = torch.zeros(requests, dtype=torch.int32)
+    paths = torch.zeros(requests, width, 2, dtype=torch.int32)
+    launch.launch_beams(
+        query, pages, pages, ints, ints[:, None], own, own, paths, 0,
+        **{"scale": 1.0, "window": None, "softcap": None, **asked},
+    )  # fmt: skip
+    forced = asked.get("paired") or asked.get("pipelined")
+    assert launched_for_beams == (expected if device == "hopper" or forced else PLAIN)

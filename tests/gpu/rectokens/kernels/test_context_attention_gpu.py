@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,54 @@ def test_prompts(
     assert bulk is (dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (9, 0))
 
 
+@dataclass(frozen=True)
+class Beams:
+    """Beams of some requests and what their attention reads."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    table: Tensor
+    own: tuple[Tensor, Tensor]
+    paths: Tensor
+    step: int
+
+    def found(self, rule: ScoreRule = RULES[0]) -> Tensor:
+        sides = (self.query, self.keys, self.values)
+        return beam_attention(
+            *sides, self.lengths, self.table, *self.own, self.paths, self.step, rule
+        )
+
+    def wanted(self, rule: ScoreRule = RULES[0]) -> Tensor:
+        sides = (self.query.float(), self.keys.float(), self.values.float())
+        own = [side.float() for side in self.own]
+        return beam_attention_reference(
+            *sides, self.lengths, self.table, *own, self.paths, self.step, rule
+        )
+
+
+def beams_of(
+    lengths: list[int],
+    width: int,
+    dtype: torch.dtype,
+    step: int = 1,
+    shape: tuple[int, int, int] = (8, 4, 128),
+) -> Beams:
+    heads, kv_heads, dim = shape
+    keys, values, table = pages([max(n, 1) for n in lengths], kv_heads, dim, dtype)
+    rows = len(lengths) * width
+    query = torch.randn(rows, (heads + 8) * dim, device=DEVICE).to(dtype)
+    query = query[:, : heads * dim].unflatten(1, (heads, dim))
+    own = [torch.randn(4, rows, kv_heads, dim, device=DEVICE).to(dtype) for _ in "kv"]
+    for side in own:
+        side[step + 1 :] = float("nan")
+    paths = torch.randint(0, width, (len(lengths), width, 5), device=DEVICE).int()
+    paths[:, :, step] = torch.arange(width, device=DEVICE)
+    ends = torch.tensor(lengths, device=DEVICE).int()
+    return Beams(query, keys, values, ends, table, (own[0], own[1]), paths, step)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
@@ -200,17 +249,75 @@ def test_beams(
 ) -> None:
     if pipelined and (dtype == torch.float32 or rule != RULES[0]):
         pytest.skip("goes the plain way")
-    heads, kv_heads, dim, step = 8, 4, 128, 1
-    keys, values, table = pages([max(n, 1) for n in lengths], kv_heads, dim, dtype)
-    rows = len(lengths) * width
-    query = torch.randn(rows, heads, dim, device=DEVICE).to(dtype)
-    own = [torch.randn(2, rows, kv_heads, dim, device=DEVICE).to(dtype) for _ in "kv"]
-    paths = torch.randint(0, width, (len(lengths), width, 2), device=DEVICE).int()
-    paths[:, :, step] = torch.arange(width, device=DEVICE)
-    ends = torch.tensor(lengths, device=DEVICE).int()
-    wanted = beam_attention_reference(
-        query.float(), keys.float(), values.float(), ends, table,
-        *(side.float() for side in own), paths, step, rule,
-    )  # fmt: skip
-    found = beam_attention(query, keys, values, ends, table, *own, paths, step, rule)
+    case = beams_of(lengths, width, dtype)
+    found, wanted = case.found(rule), case.wanted(rule)
     assert torch.allclose(found.float(), wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.fixture
+def paired_beams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each launch whose groups of warps share the keys of contexts."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("goes another way")
+    rows: list[int] = []
+    real = paired_launch.launch_beams
+
+    def launch_beams(query: Tensor, *rest: Any, scale: float) -> None:
+        rows.append(len(query))
+        real(query, *rest, scale=scale)
+
+    monkeypatch.setattr(paired_launch, "launch_beams", launch_beams)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "width", "step"),
+    [
+        ([1000, 0, 70], 64, 0),
+        ([2049], 256, 1),
+        ([5], 3, 2),
+        ([1000, 64, 0, 777, 128, 129, 127, 1], 256, 1),
+        ([130, 0, 700] * 9, 256, 3),
+        # Tiles whose second half has no beam, or one.
+        ([300, 0, 1111, 64], 32, 1),
+        ([300, 0, 1111, 65], 33, 1),
+        ([300, 0, 1111, 192], 95, 0),
+        ([n * 131 % 1700 for n in range(40)], 96, 1),
+    ],
+)
+@pytest.mark.parametrize("shape", [(8, 4, 64), (8, 4, 128), (40, 8, 128)])
+def test_beams_of_groups_that_share_keys(
+    lengths: list[int],
+    width: int,
+    step: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    paired_beams: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(paired_launch, "fills", lambda *_: True)
+    case = beams_of(lengths, width, dtype, step, shape)
+    found = case.found()
+    assert torch.allclose(found.float(), case.wanted(), rtol=0, atol=TOLERANCE[dtype])
+    assert paired_beams == [len(lengths) * width]
+
+
+def test_beams_of_groups_that_share_keys_never_meet_what_was_overwritten(
+    paired_beams: list[int],
+) -> None:
+    case = beams_of([5000, 3000, 900, 0, 2500, 64, 4999, 129], 256, torch.bfloat16, 1, (16, 8, 128))
+    first = case.found()
+    assert torch.allclose(first.float(), case.wanted(), rtol=0, atol=2e-2)
+    for _ in range(50):
+        assert torch.equal(case.found(), first)
+    assert len(paired_beams) == 51
+
+
+@pytest.mark.parametrize(("requests", "is_paired"), [(8, True), (1, False)])
+def test_groups_share_keys_of_many_beams(
+    requests: int, is_paired: bool, paired_beams: list[int]
+) -> None:
+    case = beams_of([1000] * requests, 256, torch.bfloat16, 1, (16, 8, 128))
+    assert torch.allclose(case.found().float(), case.wanted(), rtol=0, atol=2e-2)
+    assert paired_beams == [2048] * is_paired
