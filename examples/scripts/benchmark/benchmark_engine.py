@@ -144,9 +144,15 @@ def floor_ms(subject: Subject, context: int, batch: int, beam: int, tflops: floa
 
 
 def measure(
-    subject: Subject, context: int, batch: int, beam: int, repeats: int, tflops: float
+    subject: Subject,
+    context: int,
+    batch: int,
+    beam: int,
+    repeats: int,
+    tflops: float,
+    rest_s: float,
 ) -> dict[str, Any]:
-    """A row of the table."""
+    """A row of the table; the device rests for so long before each batch."""
     times: list[float] = []
     prefill: list[float] = []
     decode: list[float] = []
@@ -156,6 +162,7 @@ def measure(
         if is_cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+        time.sleep(rest_s)
         started = time.perf_counter()
         outcome = subject.engine.search(requests, subject.trie)
         taken = time.perf_counter() - started
@@ -361,6 +368,7 @@ def main(
     codebook_size: Annotated[int, typer.Option(min=2, help="Codes of a level.")] = 8_192,
     items: Annotated[int, typer.Option(min=1, help="Items of the catalog.")] = 1_500_000,
     repeats: Annotated[int, typer.Option(min=1, help="Timed batches of each shape.")] = 20,
+    rest_ms: Annotated[int, typer.Option(min=0, help="Of the device, before each.")] = 0,
     memory_mib: Annotated[int, typer.Option(min=1, help="For context KV.")] = 8_192,
     baselines: Annotated[bool, typer.Option(help="Also time what others offer.")] = True,
     fp8: Annotated[bool, typer.Option(help="Also time the layers in FP8.")] = False,
@@ -401,7 +409,8 @@ def main(
                 if batch > 1:
                     share = batch_overlap(one, context, batch, beam_width)
                     console.print(f"{context} x {batch}: {share:.1%} of the items as when alone")
-                rows.append(measure(one, context, batch, beam_width, repeats, tflops))
+                shape = context, batch, beam_width
+                rows.append(measure(one, *shape, repeats, tflops, rest_ms / 1e3))
                 console.print({k: _text(v) for k, v in rows[-1].items()})
     where = torch.cuda.get_device_name() if device != "cpu" else "a CPU"
     console.print(

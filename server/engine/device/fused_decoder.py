@@ -25,6 +25,11 @@ from rectokens.ops.fp8 import Fp8Rows, add_norm_fp8_, fp8_linear, gate_fp8
 from server.engine.device.passes import ForwardPass, PromptPass
 
 
+def summed(x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """How ``add_norm_`` is told of ``residual + x``, or of a residual that nothing is added to."""
+    return (residual, None) if x is None else (x, residual)
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """A linear layer: (N, H) and (N,) or None."""
@@ -39,6 +44,17 @@ class Projection:
     def after_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
         """The projection of ``add_norm_(x, residual, norm)``."""
         return self(add_norm_(x, residual, norm))
+
+    def onto(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """Add the projection of x (R, H) to the residual (R, N); None where all is in it.
+
+        Returns:
+            What the next norm has to add instead, where the product cannot.
+        """
+        if self.bias is not None:
+            return self(x)
+        residual.addmm_(x, self.weight.t())
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +88,22 @@ class FeedForward:
     down: Projection
     activation: str
 
+    def gated(self, normed: Tensor) -> Tensor:
+        """What ``down`` takes, (R, I)."""
+        gate_up = self.gate_up
+        return gated_linear(normed, gate_up.weight, gate_up.bias, self.activation)
+
     def after_norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
         """The block's output (R, H) for ``add_norm_(x, residual, norm)``."""
-        gate_up = self.gate_up
-        normed = add_norm_(x, residual, norm)
-        return self.down(gated_linear(normed, gate_up.weight, gate_up.bias, self.activation))
+        return self.down(self.gated(add_norm_(x, residual, norm)))
+
+    def onto(self, residual: Tensor, x: Tensor | None, norm: Norm) -> Tensor | None:
+        """Add the block's output to the residual, to which ``x`` is added first.
+
+        Returns:
+            See :meth:`Projection.onto`.
+        """
+        return self.down.onto(residual, self.gated(add_norm_(*summed(x, residual), norm)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +118,10 @@ class Fp8FeedForward:
         """See :class:`FeedForward`."""
         wide = self.gate_up.after_norm(x, residual, norm)
         return fp8_linear(gate_fp8(wide, self.activation), self.down.weight, self.down.bias)
+
+    def onto(self, residual: Tensor, x: Tensor | None, norm: Norm) -> Tensor | None:
+        """See :class:`FeedForward`; a product in FP8 cannot add to what is there."""
+        return self.after_norm(*summed(x, residual), norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +183,13 @@ class FusedDecoder:
         """
         if self.embed_factor != 1.0:
             x *= self.embed_factor
-        # What the next norm adds to the residual; at first there is only one of the two.
-        added, residual = x, None
+        residual = x
+        # What the next norm has yet to add to it.
+        added: Tensor | None = None
         for number, layer in enumerate(self.layers):
             is_last = number + 1 == len(self.layers)
             keys, values, slots = rows.target(layer.index)
-            projected = layer.qkv.after_norm(added, residual, layer.attention_in)
-            residual = x if residual is None else residual
+            projected = layer.qkv.after_norm(*summed(added, residual), layer.attention_in)
             query = rotate_store_(
                 projected,
                 rows.positions,
@@ -175,10 +206,15 @@ class FusedDecoder:
                 residual = residual.index_select(0, rows.last_rows)
             else:
                 mixed = rows.attend(layer.index, query, layer.rule)
-            added = layer.attention_out(mixed.flatten(1))
-            if layer.attention_out_norm is not None:
-                added = add_norm_(added, None, layer.attention_out_norm)
-            added = layer.feed.after_norm(added, residual, layer.feed_in)
-            if layer.feed_out_norm is not None:
-                added = add_norm_(added, None, layer.feed_out_norm)
-        return add_norm_(added, residual, self.final_norm)
+            if layer.attention_out_norm is None:
+                added = layer.attention_out.onto(residual, mixed.flatten(1))
+            else:
+                added = add_norm_(
+                    layer.attention_out(mixed.flatten(1)), None, layer.attention_out_norm
+                )
+            if layer.feed_out_norm is None:
+                added = layer.feed.onto(residual, added, layer.feed_in)
+            else:
+                fed = layer.feed.after_norm(*summed(added, residual), layer.feed_in)
+                added = add_norm_(fed, None, layer.feed_out_norm)
+        return add_norm_(*summed(added, residual), self.final_norm)
