@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 _A_BUCKET = 8  # numbers, on average
-# A bucket with more is not looked through as a whole; then places are found by bisection.
+# With more in a bucket the numbers are too uneven to be cut into equal ones.
 _MOST_IN_A_BUCKET = 128
 
 
@@ -39,8 +38,10 @@ class SortedNumbers:
         first = np.searchsorted(values, starts).astype(np.int32)
         longest = int(np.diff(first, append=len(values)).max())
         if longest <= _MOST_IN_A_BUCKET:
-            self._first = first
-            self._windows = sliding_window_view(values, longest)
+            # A bucket that would be looked through beyond the end is entered earlier: what it holds
+            # more is less.
+            self._first = np.minimum(first, np.int32(len(values) - longest))
+            self._longest = longest
 
     @property
     def nbytes(self) -> int:
@@ -58,8 +59,11 @@ class SortedNumbers:
         """
         if self._first is None:
             return np.searchsorted(self._values, queries, side="left")
-        first = self._first[np.minimum(queries >> self._shift, self._last)]
-        # A window that would reach beyond the end begins earlier; what it holds more is less.
-        begin = np.minimum(first, len(self._windows) - 1)
-        places: NDArray[np.int64] = (self._windows[begin] < queries[:, None]).sum(axis=1) + begin
-        return places
+        places: NDArray[Any] = self._first[np.minimum(queries >> self._shift, self._last)]
+        left = self._longest
+        while left > 1:
+            half = left // 2
+            places = places + (self._values[places + (half - 1)] < queries) * np.int32(half)
+            left -= half
+        counts: NDArray[np.int64] = (places + (self._values[places] < queries)).astype(np.int64)
+        return counts
