@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rectokens.artifacts.activation import Activation, from_line, from_lines, to_line
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.json_fields import MAX_JSON_BYTES
 from rectokens.artifacts.manifest import (
     ARTIFACT_KINDS,
@@ -187,4 +187,4 @@ def _read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from error

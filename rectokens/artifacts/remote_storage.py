@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rectokens.artifacts.activation import Activation, from_line, to_line
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.files import flush_folder
 from rectokens.artifacts.json_fields import MAX_JSON_BYTES
 from rectokens.artifacts.manifest import (
@@ -192,8 +192,17 @@ class RemoteStorage:
 
     def history(self) -> list[Activation]:
         """See ``Storage.history``."""
-        records = (self._record(number) for number in sorted(self._numbers()))
-        return [record for record in records if record is not None]
+        records = []
+        for number in sorted(self._numbers()):
+            try:
+                record = self._record(number)
+            except UnreadableError:
+                raise
+            except ArtifactError:
+                continue  # as in a folder's; `current` refuses it where it is the latest
+            if record is not None:
+                records.append(record)
+        return records
 
     def commit(self, activation: Activation) -> bool:
         """See ``Storage.commit``."""
@@ -332,7 +341,8 @@ class RemoteStorage:
         """A record; None for one whose writer was cut off (where writing is not atomic).
 
         Raises:
-            ArtifactError: it is there and cannot be read just now.
+            UnreadableError: it is there and cannot be read just now.
+            ArtifactError: it is whole and says what is not understood, as of a later version.
         """
         path = self._record_path(number)
         for _ in range(_READS):
@@ -341,15 +351,17 @@ class RemoteStorage:
                 try:
                     record = from_line(data, path)
                 except ArtifactError:
+                    if data.endswith(b"\n"):
+                        raise
                     if self._fs.info(path)["size"] == len(data):
                         return None
                     continue  # the answer was cut short, or it is being written
             except FileNotFoundError as error:
                 if number in self._numbers():
-                    raise ArtifactError(f"{path} is listed, but cannot be read") from error
+                    raise UnreadableError(f"{path} is listed, but cannot be read") from error
                 return None  # cleaned away meanwhile
             return record if record.sequence == number else None
-        raise ArtifactError(f"{path} is read short again and again")
+        raise UnreadableError(f"{path} is read short again and again")
 
     def _remove_torn(self, number: int) -> bool:
         """Remove a record whose writer was cut off some time ago; whether it was one."""

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.local_storage import LocalStorage
 from rectokens.artifacts.open_store import open_release_store
 from rectokens.artifacts.release_store import ActivationConflictError, ReleaseStore
@@ -263,3 +263,9 @@ def test_a_damaged_release_that_is_needed_stops_retention(store, add_release):
     with pytest.raises(ArtifactError, match=f"release {two} is damaged"):
         store.apply_retention(RetentionPolicy(keep_last=0), now=later)
     assert len(store.versions("catalog")) == 2
+
+
+def test_a_pointer_that_cannot_be_read_just_now_is_no_damaged_one(tmp_path):
+    (tmp_path / "active.json").mkdir()
+    with pytest.raises(UnreadableError, match=r"active\.json cannot be read"):
+        open_release_store(tmp_path).active()

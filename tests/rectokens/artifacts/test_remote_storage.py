@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rectokens.artifacts.activation import next_activation, to_line
-from rectokens.artifacts.errors import ArtifactError
+from rectokens.artifacts.errors import ArtifactError, UnreadableError
 from rectokens.artifacts.manifest import write_artifact
 from rectokens.artifacts.remote_storage import RemoteStorage
 
@@ -218,7 +218,7 @@ def test_a_listed_record_that_cannot_be_read_does_not_bring_back_the_one_before(
     assert storage.commit(second)
     latest = f"{prefix}/activations/{2:012d}.json"
     fail("cat_file", f"{2:012d}.json", FileNotFoundError("not now"))
-    with pytest.raises(ArtifactError, match=f"{2:012d}.json is listed, but cannot be read"):
+    with pytest.raises(UnreadableError, match=f"{2:012d}.json is listed, but cannot be read"):
         storage.current()
     assert storage.current() == second
 
@@ -366,6 +366,21 @@ def test_a_half_written_record_is_in_nobodys_way_for_long(storage, memory, prefi
     memory.store[torn].modified -= timedelta(minutes=2)
     assert storage.commit(second)
     assert storage.history() == [first, second]
+
+
+def test_a_record_of_a_later_version_is_kept(storage, memory, prefix):
+    first = next_activation(None, A, None)
+    storage.commit(first)
+    second = next_activation(first, B, None)
+    later = f"{prefix}/activations/{2:012d}.json"
+    line = json.loads(to_line(second))
+    line["format"]["version"] += 1
+    memory.pipe_file(later, json.dumps(line).encode() + b"\n")
+    memory.store[later].modified -= timedelta(days=2)
+    for use in (storage.current, lambda: storage.commit(second), lambda: storage.clean(0.0)):
+        with pytest.raises(ArtifactError, match=f"{2:012d}.json.*version"):
+            use()
+        assert memory.exists(later)
 
 
 def test_a_file_system_that_overwrites_is_refused(tmp_path, prefix):
