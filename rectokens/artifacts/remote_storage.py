@@ -154,8 +154,9 @@ class RemoteStorage:
             for name in filter(is_version, self._list(kind_folder(kind))):
                 folder = self._path(kind, name)
                 if self._is_gone(kind, name) and self._age_s(folder) >= older_than_s:
-                    self._fs.rm(folder, recursive=True)
-                    removed.append(folder)
+                    with suppress(FileNotFoundError):  # another host cleans, too
+                        self._fs.rm(folder, recursive=True)
+                        removed.append(folder)
         # Half written, on a file system that is no object store: it would block its number. Those
         # far below the latest block nothing, and reading all would take longer with every one.
         latest = sorted(self._numbers())[-_LATEST:]
@@ -164,8 +165,9 @@ class RemoteStorage:
         doomed += [f"{self._prefix}/{ACTIVATIONS}/{name}" for name in probes]
         for path in doomed:
             if self._age_s(path) >= older_than_s:
-                self._fs.rm_file(path)
-                removed.append(path)
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
+                    removed.append(path)
         return removed
 
     def clean_local(self, older_than_s: float) -> list[str]:
@@ -175,7 +177,10 @@ class RemoteStorage:
             cached = self.local.folder(kind)
             for name in self.local.versions(kind):
                 # A version in the making lies here before it is in the store.
-                age_s = datetime.now(UTC).timestamp() - (cached / name).stat().st_mtime
+                try:
+                    age_s = datetime.now(UTC).timestamp() - (cached / name).stat().st_mtime
+                except FileNotFoundError:
+                    continue  # another process of this host cleans, too
                 if age_s >= older_than_s and self._is_gone(kind, name):
                     self._discard(cached / name)
                     removed.append(str(cached / name))

@@ -312,6 +312,38 @@ def test_a_host_that_only_reads_keeps_no_more_than_the_store(
     assert list(folder.parent.iterdir()) == [kept]
 
 
+@pytest.mark.parametrize("name", ["info", "find", "rm", "rm_file"])
+def test_two_may_clean_at_once(name, storage, version, memory, prefix, monkeypatch):
+    """Of one cache, as the processes of a host that follow an activation, and of one store."""
+    beside = RemoteStorage(memory, prefix, storage.local.root)
+    add(storage, b"another")
+    memory.rm_file(f"{prefix}/tokenizers/{version}/manifest.json")
+    memory.pipe_file(f"{prefix}/activations/probe-0123456789abcdef", b"1")
+    torn = f"{prefix}/activations/{1:012d}.json"
+    memory.pipe_file(torn, b"{")
+    partial = storage.local.path("tokenizer", version).with_name(".partial-1-abc")
+    partial.mkdir()
+    removed: list[str] = []
+    before(name, lambda: removed.extend(beside.clean(0.0)), monkeypatch)
+    removed += storage.clean(0.0)
+    assert storage.local.versions("tokenizer") == []
+    assert not partial.exists()
+    assert memory.find(prefix) == []
+
+
+def before(name: str, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something done by another just before the first request of a name."""
+    real = getattr(MemoryFileSystem, name)
+    left = [act]
+
+    def request(self, *args, **kwargs):
+        if left:
+            left.pop()()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, name, request)
+
+
 def forbidden(*arguments, **options):
     raise PermissionError("read only")
 
