@@ -8,6 +8,7 @@ What cannot be read is never taken for what is not there: the request fails with
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -122,6 +123,8 @@ class RemoteStorage:
         Of a version that is there the sizes are looked at: reading it takes as long as writing.
         """
         folder = self.local.path(kind, version)
+        with suppress(OSError):
+            os.utime(folder)  # else, while it is uploaded, it looks like an old copy of nothing
         manifest = open_artifact(folder, kind)
         if manifest.version != version:
             raise ArtifactError(f"{folder} holds {kind} version {manifest.version}")

@@ -331,6 +331,18 @@ def test_two_may_clean_at_once(name, storage, version, memory, prefix, monkeypat
     assert memory.find(prefix) == []
 
 
+def test_what_is_being_published_is_not_cleaned(storage, memory, prefix, monkeypatch):
+    """However long ago it was written: a model is uploaded for minutes, its manifest last."""
+    beside = RemoteStorage(memory, prefix, storage.local.root)
+    version = add(storage)
+    os.utime(storage.local.path("tokenizer", version), (0, 0))
+    removed: list[str] = []
+    before("put_file", lambda: removed.extend(beside.clean_local(3600.0)), monkeypatch)
+    storage.publish("tokenizer", version)
+    assert removed == []
+    assert beside.fetch("tokenizer", version).is_dir()
+
+
 def before(name: str, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have something done by another just before the first request of a name."""
     real = getattr(MemoryFileSystem, name)
