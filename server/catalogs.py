@@ -127,6 +127,8 @@ class ReleaseFollower:
         self._gone_by_s = math.inf
         # Whether the model that is served was loaded beside another, which may be in memory yet.
         self._new_model = False
+        # Whether something was refused before it was held ready, and may be in memory yet.
+        self._refused = False
         self.loading: str | None = None
         self.news = asyncio.Event()
         self._stop = threading.Event()
@@ -160,6 +162,7 @@ class ReleaseFollower:
 
     async def _look(self) -> None:
         self._take_over_first_failure()
+        await self._free_what_was_refused()
         if self._clock() > self._gone_by_s:
             await self._free_what_is_left()
         if self._new_model and self._service.retired.gone:
@@ -243,6 +246,7 @@ class ReleaseFollower:
                     candidate = await self._load(version)
                 accepted = await after(candidate)
             finally:
+                self._refused = self._refused or not accepted
                 if not accepted and candidate is not None:
                     self._discard(candidate)
             if accepted:
@@ -300,6 +304,7 @@ class ReleaseFollower:
 
     async def _load_beside(self, version: str) -> Release:
         """Load and try a release while another is served."""
+        await self._free_what_was_refused()
         if not await self._retired_gone():
             raise ReleaseError(
                 f"the release before last is still in memory after {self._free_timeout_s:g} s; a "
@@ -339,6 +344,12 @@ class ReleaseFollower:
             left_s, wait_s = left_s - wait_s, 2 * wait_s
         await self._free_what_is_left()
         return self._service.retired.gone
+
+    async def _free_what_was_refused(self) -> None:
+        """Free what :meth:`prepare` loaded in vain; what raised its error holds it no more."""
+        if self._refused:
+            self._refused = False
+            await self._call(free_garbage)
 
     async def _free_what_is_left(self) -> None:
         """Free what was replaced, has nobody who uses it, and is in a cycle that is passed over."""

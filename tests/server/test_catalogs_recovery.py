@@ -253,3 +253,35 @@ async def test_what_a_model_had_no_memory_for_is_made_once_the_one_before_has_go
     await until(lambda: len(looks) > 3)
     release = running.service.release
     assert asked == [(release.engine, release.trie)]
+
+
+async def test_a_model_that_could_not_be_held_ready_is_freed(
+    start_app, small_store, tiny_lm, monkeypatch
+):
+    """Models may hold themselves in cycles, and its memory is wanted for the next try."""
+    running = await start(start_app, small_store)
+    failed: list[weakref.ref] = []
+
+    def warm_up(release):
+        module = next(iter(release.engine.modules))
+        module.itself = [module]
+        failed.append(weakref.ref(module))
+        raise ReleaseError("made to order")
+
+    monkeypatch.setattr("server.release_source.warm_up", warm_up)
+    small_store.add(2, model=small_store.add_model(tiny_lm("llama", seed=3)))
+
+    async def before(serving):
+        pass
+
+    async def after(candidate):
+        return True
+
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(ReleaseError):
+            await follower_of(running).prepare(small_store.releases[2], before, after)
+        await until(lambda: failed and failed[0]() is None)
+    finally:
+        gc.enable()
