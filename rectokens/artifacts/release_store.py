@@ -267,14 +267,19 @@ class ReleaseStore:
             What was removed.
 
         Raises:
-            ArtifactError: the active or the previous release is damaged, or another version cannot
-                be read just now, so nobody knows what it needs. Nothing was removed.
+            ArtifactError: the active release is missing, it or the previous one is damaged, or
+                another version cannot be read just now, so nobody knows what it needs. Nothing was
+                removed.
             OSError: the same, of a request to the store.
         """
         removed = []
         with self._storage.exclusive():
             current = self._storage.current()
             versions = self._survey(all_readable=True)
+            if current is not None and not any(
+                (one.kind, one.version) == ("release", current.release) for one in versions
+            ):
+                raise ArtifactError(f"release {current.release} is active, but is not in the store")
             for one in versions:
                 if one.kind == "release" and one.state == "damaged":
                     protected = (current.release, current.previous) if current else ()

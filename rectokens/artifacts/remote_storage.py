@@ -70,7 +70,7 @@ class RemoteStorage:
     def versions(self, kind: ArtifactKind) -> list[str]:
         """See ``Storage.versions``."""
         names = [name for name in self._list(kind_folder(kind)) if is_version(name)]
-        return sorted(name for name in names if self._is_there(kind, name))
+        return sorted(name for name in names if not self._is_gone(kind, name))
 
     def manifest(self, kind: ArtifactKind, version: str) -> Manifest:
         """See ``Storage.manifest``."""
@@ -83,7 +83,7 @@ class RemoteStorage:
     def fetch(self, kind: ArtifactKind, version: str) -> Path:
         """See ``Storage.fetch``: downloads to the cache what is not there, or there damaged."""
         target = self.local.path(kind, version)
-        if not self._is_there(kind, version):
+        if self._is_gone(kind, version):
             raise ArtifactError(f"{self._describe(kind, version)} does not exist")
         if target.exists():
             try:
@@ -274,7 +274,7 @@ class RemoteStorage:
 
     def _download_manifest(self, kind: ArtifactKind, version: str, folder: Path) -> Manifest:
         path = self._path(kind, version, MANIFEST_NAME)
-        if not self._is_there(kind, version):
+        if self._is_gone(kind, version):
             raise ArtifactError(f"{self._describe(kind, version)} does not exist")
         if self._fs.info(path)["size"] > MAX_JSON_BYTES:
             raise ArtifactError(f"{path} is larger than the {MAX_JSON_BYTES} bytes allowed")

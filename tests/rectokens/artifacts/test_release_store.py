@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 
 import fsspec
@@ -250,6 +252,37 @@ def test_a_release_that_cannot_be_read_just_now_keeps_its_parts(
     store.verify(releases[0])
     removed = store.apply_retention(policy, now=later)
     assert [one.kind for one in removed] == ["release", "catalog"]
+
+
+@pytest.mark.parametrize(("method", "call"), [("ls", 0), ("info", 0), ("info", 1), ("info", 2)])
+@pytest.mark.parametrize("which", [1, 2], ids=["previous", "active"])
+def test_one_wrong_answer_about_a_release_does_not_cost_its_parts(
+    store, add_release, monkeypatch, which, method, call
+):
+    if isinstance(store._storage, LocalStorage):
+        pytest.skip("a folder gives no such answers")
+    releases = [add_release(seed) for seed in range(3)]
+    for release in releases:
+        store.activate(release)
+    ending = "/releases" if method == "ls" else f"releases/{releases[which]}/manifest.json"
+    real = getattr(type(store._storage._fs), method)
+    calls = count()
+
+    def wrong(self, asked, *args, **kwargs):
+        if str(asked).endswith(ending) and next(calls) == call:
+            raise FileNotFoundError("not now")
+        return real(self, asked, *args, **kwargs)
+
+    monkeypatch.setattr(type(store._storage._fs), method, wrong)
+    later = datetime.now(UTC) + timedelta(days=30)
+    with suppress(ArtifactError, OSError):
+        store.apply_retention(RetentionPolicy(keep_last=0), now=later, kinds=("catalog",))
+    assert next(calls) > call
+    monkeypatch.undo()
+    for release in releases[1:]:
+        store.verify(release)
+    held = {one.version for one in store.versions("release")}
+    assert held == set(releases)
 
 
 def test_a_damaged_release_that_is_needed_stops_retention(store, add_release):
