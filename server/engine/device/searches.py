@@ -102,7 +102,10 @@ class Searches:
     @property
     def is_whole(self) -> bool:
         """Whether memory was there for all that were to be captured, if any were yet."""
-        return not self._tables or len(self._ready) == len(self._buckets.shapes())
+        if not self._tables:
+            return True
+        # What was not captured may have wanted memory, too.
+        return not self._gave_up and len(self._ready) == len(self._buckets.shapes())
 
     def beside(self, trie: CatalogTrie) -> Searches:
         """Searches for a trie that does not fit these, and for all that do. Any thread.
@@ -114,12 +117,15 @@ class Searches:
             torch.OutOfMemoryError: no room for both.
             CaptureError: they run, but could not be captured: slower than these for good.
         """
-        made = Searches(self._model, self._buckets, self._pages, capture=self._capture)
+        capture = self._capture or self._gave_up
+        made = Searches(self._model, self._buckets, self._pages, capture=capture)
         made._before = {width: table.shapes for width, table in self._tables.items()}
         made.use(trie)
         if made._gave_up:
             raise CaptureError("searches beside others could not be captured")
         wanted = len(self._ready) + self.takes(trie)  # there is no sense in as many for the same
+        if self._gave_up:
+            wanted = 1  # whatever is captured is better
         if len(made._ready) < wanted:
             raise torch.OutOfMemoryError(
                 f"room for {len(made._ready)} searches beside {len(self._ready)}"

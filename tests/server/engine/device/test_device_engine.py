@@ -229,6 +229,32 @@ def test_searches_that_memory_was_too_small_for_are_made_once_it_is_there(
     assert engine._searches is in_use
 
 
+def test_searches_that_could_not_be_captured_at_first_are_made_once_more(
+    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture gives nothing back to make room: memory that is short may show in one."""
+    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(engine, DeviceEngine)
+    trie, _ = random_catalog(3, 30)
+    batch = [SearchRequest((7, 8, 9), 4, 4)]
+
+    def fail(*_: object) -> None:
+        raise CaptureError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.engine.device.searches.CapturedCall", fail)
+        patch.setattr(Searches, "_captured", capturing(Searches._captured))
+        expected = engine.search(batch, trie).results
+    slow = engine._searches
+    engine.get_ready(trie)
+    assert engine.search(batch, trie).results == expected
+    assert engine._searches is not slow
+    in_use = engine._searches
+    engine.get_ready(trie)
+    assert engine.search(batch, trie).results == expected
+    assert engine._searches is in_use
+
+
 def test_memory_that_stays_too_small_is_asked_for_once_more_only(
     tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
