@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from server.engine.device.graphs import empty_cache
+
 # A full collection follows so many of the middle generation, ten times Python's own number. It
 # walks all requests that wait, some two hundred objects each.
 _MIDDLE_BEFORE_FULL = 100
@@ -51,4 +53,4 @@ def free_garbage(collect: Callable[[], object] = gc.collect) -> None:
     """Collect what was loaded and has no user any more; a GPU's memory of it is free then."""
     collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        empty_cache()

@@ -21,7 +21,7 @@ from server.engine.base import LEFT, EngineBase
 from server.engine.device.answers import collect_answers
 from server.engine.device.batch import DeviceBatch, is_filtered, slice_of, tokens_of, width_fault
 from server.engine.device.buckets import Buckets, group_requests
-from server.engine.device.graphs import CaptureError
+from server.engine.device.graphs import CaptureError, empty_cache
 from server.engine.device.model import DeviceModel
 from server.engine.device.prompt_passes import DEFAULT_ROWS, PromptPasses
 from server.engine.device.run import DeviceRun, Part
@@ -292,7 +292,7 @@ class DeviceEngine(EngineBase):
             self._settle()  # what was started runs with the others
             self._searches, self._made = made[1], None
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # the others' graphs are gone
+                empty_cache()  # the others' graphs are gone
         elif not self._searches.searches(trie):
             self._settle()
         self._searches.use(trie)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Held by a capture. While there is one, in whichever thread, torch gives no memory back: it fails
+# who asks for that.
+_capturing = threading.Lock()
+
 
 class CaptureError(RuntimeError):
     """A call that runs cannot be captured."""
+
+
+def empty_cache() -> None:
+    """Give memory back that no tensor uses any more; waits for the end of a capture."""
+    with _capturing:
+        torch.cuda.empty_cache()
 
 
 class CapturedCall:
@@ -36,15 +47,19 @@ class CapturedCall:
             call()
             stream.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads copy prompts meanwhile, which must not end the capture.
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                self._result = call()
-                self._graph.capture_end()
-            except Exception as why:
-                self._abandon(stream, pool)
-                raise CaptureError(f"not captured: {why}") from why
+            with _capturing:
+                self._capture(call, stream, pool)
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self, call: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any) -> None:
+        try:
+            # Other threads copy prompts meanwhile, which must not end the capture.
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            self._result = call()
+            self._graph.capture_end()
+        except Exception as why:
+            self._abandon(stream, pool)
+            raise CaptureError(f"not captured: {why}") from why
 
     def _abandon(self, stream: torch.cuda.Stream, pool: Any) -> None:
         """Take the stream and the allocator out of a capture that failed."""

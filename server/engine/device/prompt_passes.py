@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rectokens.kernels.compile_ahead import compile_ahead
-from server.engine.device.graphs import CapturedCall, CaptureError
+from server.engine.device.graphs import CapturedCall, CaptureError, empty_cache
 from server.engine.device.model import DeviceModel
 from server.engine.device.prompt_rows import (
     Capacity,
@@ -83,7 +83,7 @@ class PromptPasses:
                 logger.warning("passes over prompts run uncaptured: %s", error)
                 self._ready.clear()
                 break
-        torch.cuda.empty_cache()
+        empty_cache()
 
     def __call__(self, slices: Sequence[PromptSlice]) -> Tensor:
         """Compute prompts; see :meth:`DeviceModel.run_prompts`."""

@@ -18,7 +18,7 @@ from rectokens.decoding.device_tables import MAX_WIDTH, StepShapes, TrieTable
 from rectokens.kernels.compile_ahead import compile_ahead
 from rectokens.schemas.catalog_trie import CatalogTrie
 from server.engine.device.buckets import Buckets, Group
-from server.engine.device.graphs import CapturedCall, CaptureError
+from server.engine.device.graphs import CapturedCall, CaptureError, empty_cache
 from server.engine.device.model import DeviceModel
 from server.engine.device.passes import BeamKV
 from server.engine.device.search import Search
@@ -93,7 +93,7 @@ class Searches:
                 _no_room(batch, width, error)
         made.clear()
         if self._capture:
-            torch.cuda.empty_cache()
+            empty_cache()
 
     def takes(self, trie: CatalogTrie) -> bool:
         """Whether ``trie`` fits what was captured. Any thread may ask; waits for the device."""
