@@ -13,25 +13,8 @@ from server.engine.types import EngineBrokenError
 from server.release import ReleaseError
 from server.release_source import ReleaseSource
 from server.settings import load_settings
+from tests.server.following_cases import follower_of, served, start
 from tests.waiting import until
-
-FAST = {"store__poll_s": "0.02"}
-
-
-async def start(start_app, small_store, **flags):
-    return await start_app(store__path=str(small_store.root), **{**FAST, **flags})
-
-
-def follower_of(running):
-    return running.app.state.link.follower
-
-
-async def served(running, number, small_store):
-    def is_so():
-        release = running.service.release
-        return release is not None and release.version == small_store.releases[number]
-
-    await until(is_so)
 
 
 async def test_what_was_unloaded_comes_back_when_it_can_be_loaded_again(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -355,6 +356,22 @@ def test_old_versions_are_let_go(workplace):
     assert [one.version for one in store.versions("tokenizer")] == [workplace.tokenizer]
     store.rollback()
     assert active_catalog(environment).num_items == 197
+
+
+def test_an_old_version_that_cannot_be_read_is_in_the_way_of_no_leftovers(workplace, monkeypatch):
+    environment = workplace.environment(retention=RetentionPolicy(0, 0.0))
+    left = environment.store.local.folder("catalog") / ".partial-1-left"
+    left.mkdir()
+    long_ago = time.time() - 2 * 86_400
+    os.utime(left, (long_ago, long_ago))
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(environment.store, "apply_retention", unreadable)
+    result = run(environment, "update_items", deletes=["W1"])
+    assert "Input/output error" in result["not_removed"]
+    assert not left.exists()
 
 
 def test_old_versions_that_cannot_be_removed_do_not_undo_an_activation(workplace, monkeypatch):
