@@ -23,6 +23,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,9 +177,10 @@ class PrefixCache:
         if not self.enabled:
             return self._lease(len(token_ids), [], whole)
         token_bytes = _bytes_of(token_ids)
+        most = max(len(token_ids) - 1, 0) // self.page_size
         found: list[int] = []
         digests: list[bytes] = []
-        for digest in self._digests(token_bytes, (len(token_ids) - 1) // self.page_size):
+        for digest in islice(self._digests(token_bytes), most):
             digests.append(digest)
             page = self._page_of.get(digest)
             if page is None:
@@ -203,10 +205,7 @@ class PrefixCache:
 
         Of a long prompt that nobody has sent before, that is most of its digests.
         """
-        known = len(lease._digests)
-        lease._digests += self._digests(
-            lease._token_bytes, known=known, parent=lease._digests[-1] if known else None
-        )
+        lease._digests += self._digests(lease._token_bytes, lease._digests)
         lease._token_bytes = b""
 
     def commit(self, lease: Lease) -> None:
@@ -291,26 +290,16 @@ class PrefixCache:
         for page in list(self._idle):
             self._forget(page)
 
-    def _digests(
-        self,
-        token_bytes: bytes,
-        limit: int | None = None,
-        *,
-        known: int = 0,
-        parent: bytes | None = None,
-    ) -> Iterator[bytes]:
+    def _digests(self, token_bytes: bytes, known: Sequence[bytes] = ()) -> Iterator[bytes]:
         """Digests of the full pages of a prompt, in order.
 
         Args:
             token_bytes: its token ids.
-            limit: pages, if not all.
-            known: pages to leave out.
-            parent: digest of the last of those.
+            known: digests of its first pages, which are left out.
         """
         step = self.page_size * _TOKEN_BYTES
-        end = len(token_bytes) // step if limit is None else limit
-        digest = self._root if parent is None else parent
-        for start in range(known * step, end * step, step):
+        digest = known[-1] if known else self._root
+        for start in range(len(known) * step, len(token_bytes) - step + 1, step):
             state = hashlib.blake2b(digest, digest_size=_DIGEST_BYTES)
             state.update(token_bytes[start : start + step])
             digest = state.digest()

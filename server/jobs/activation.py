@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rectokens.artifacts.activation import Activation
@@ -120,22 +122,26 @@ def forget_old_versions(environment: JobEnvironment, reporter: JobReporter) -> d
     """
     store = environment.store
     outcome: dict[str, Any] = {"removed": []}
-    reasons = []
-    try:
+    reasons: list[str] = []
+
+    @contextmanager
+    def trying(what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            reporter.log(f"{what} until the next job: {reasons[-1]}")
+
+    with trying("old versions stay"):
         removed = store.apply_retention(environment.retention, kinds=("release", "catalog"))
         outcome["removed"] = [f"{one.kind} {one.version}" for one in removed]
         if removed:
             reporter.log(f"removed {', '.join(outcome['removed'])}")
-    except Exception as error:
-        reasons.append(f"{type(error).__name__}: {error}")
-        reporter.log(f"old versions stay until the next job: {reasons[-1]}")
-    try:  # also where an old version that cannot be read is in the way of the others
+    # Also where an old version that cannot be read is in the way of the others.
+    with trying("what was left unfinished stays"):
         leftovers = store.clean()
         if leftovers:
             reporter.log(f"removed what was left unfinished: {', '.join(leftovers)}")
-    except Exception as error:
-        reasons.append(f"{type(error).__name__}: {error}")
-        reporter.log(f"what was left unfinished stays until the next job: {reasons[-1]}")
     if reasons:
         outcome["not_removed"] = "; ".join(reasons)
     return outcome

@@ -245,5 +245,5 @@ def _summary(result: Mapping[str, Any]) -> list[str]:
         active = "active" if result.get("activated", "sequence" in result) else "not active"
         lines.append(f"release {result['release']}, {active}")
     if "not_removed" in result:
-        lines.append(f"old versions stay until the next job: {result['not_removed']}")
+        lines.append(f"what is old stays until the next job: {result['not_removed']}")
     return lines
