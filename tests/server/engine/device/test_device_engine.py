@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -53,6 +54,14 @@ def engines(tiny_lm: Callable[..., Any]) -> dict[str, DeviceEngine]:
         assert isinstance(engine, DeviceEngine)
         found[kind] = engine
     return found
+
+
+@pytest.fixture
+def engine(tiny_lm: Callable[..., Any]) -> DeviceEngine:
+    """One of the test's own, whose searches are yet to be made."""
+    made = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
+    assert isinstance(made, DeviceEngine)
+    return made
 
 
 def test_common_layers_are_fused_and_others_run_by_their_modules(
@@ -124,10 +133,8 @@ def test_a_returning_prompt_is_cached_and_gives_the_same(
 
 
 def test_a_catalog_that_outgrows_the_shapes_is_made_ready_beside(
-    tiny_lm: Callable[..., Any], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    engine: DeviceEngine, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
     request = SearchRequest((7, 8, 9), 12, 12)
     (small, few), (large, many) = random_catalog(3, 6), random_catalog(3, 125)
     with pytest.raises(ValueError, match="codes"):
@@ -157,9 +164,7 @@ def test_a_catalog_that_outgrows_the_shapes_is_made_ready_beside(
     check(small, few)
 
 
-def test_one_catalog_at_most_is_kept_ready(tiny_lm: Callable[..., Any]) -> None:
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
+def test_one_catalog_at_most_is_kept_ready(engine: DeviceEngine) -> None:
     request = SearchRequest((7, 8, 9), 4, 4)
     small, large, other = (random_catalog(3, items)[0] for items in (6, 125, 120))
     engine.search([request], small)
@@ -173,22 +178,34 @@ def test_one_catalog_at_most_is_kept_ready(tiny_lm: Callable[..., Any]) -> None:
     assert first() is None
 
 
-def test_searches_that_could_not_be_captured_beside_others_do_not_take_their_place(
-    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They could another time; these would be slow for as long as the model is served."""
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
-    request = SearchRequest((7, 8, 9), 4, 4)
-    (small, _), (large, codes) = random_catalog(3, 6), random_catalog(3, 125)
-    engine.search([request], small)
+@contextmanager
+def failing_captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Searches are captured as on a GPU, in vain."""
 
     def fail(*_: object) -> None:
         raise CaptureError("out of memory")
 
+    captured = Searches._captured
+
+    def capture(searches: Any, search: Any) -> Any:
+        searches._capture, searches._stream, searches._memory = True, None, None
+        return captured(searches, search)
+
     with monkeypatch.context() as patch:
         patch.setattr("server.engine.device.searches.CapturedCall", fail)
-        patch.setattr(Searches, "_captured", capturing(Searches._captured))
+        patch.setattr(Searches, "_captured", capture)
+        yield
+
+
+def test_searches_that_could_not_be_captured_beside_others_do_not_take_their_place(
+    engine: DeviceEngine, tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could another time; these would be slow for as long as the model is served."""
+    request = SearchRequest((7, 8, 9), 4, 4)
+    (small, _), (large, codes) = random_catalog(3, 6), random_catalog(3, 125)
+    engine.search([request], small)
+
+    with failing_captures(monkeypatch):
         engine.get_ready(large)
     assert engine._made is None
     (found,) = engine.search([request], large).results
@@ -197,11 +214,9 @@ def test_searches_that_could_not_be_captured_beside_others_do_not_take_their_pla
 
 
 def test_searches_that_memory_was_too_small_for_are_made_once_it_is_there(
-    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a model that was served until then, beside which this one was loaded."""
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
     trie, _ = random_catalog(3, 30)
     batch = [SearchRequest((7, 8, 9), 4, 4), SearchRequest((7, 8), 12, 4)]
     make, room = Searches._make, 0
@@ -230,20 +245,13 @@ def test_searches_that_memory_was_too_small_for_are_made_once_it_is_there(
 
 
 def test_searches_that_could_not_be_captured_at_first_are_made_once_more(
-    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A capture gives nothing back to make room: memory that is short may show in one."""
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
     trie, _ = random_catalog(3, 30)
     batch = [SearchRequest((7, 8, 9), 4, 4)]
 
-    def fail(*_: object) -> None:
-        raise CaptureError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("server.engine.device.searches.CapturedCall", fail)
-        patch.setattr(Searches, "_captured", capturing(Searches._captured))
+    with failing_captures(monkeypatch):
         expected = engine.search(batch, trie).results
     slow = engine._searches
     engine.get_ready(trie)
@@ -256,11 +264,9 @@ def test_searches_that_could_not_be_captured_at_first_are_made_once_more(
 
 
 def test_memory_that_stays_too_small_is_asked_for_once_more_only(
-    tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trying takes seconds, and memory that batches may want."""
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
     trie, _ = random_catalog(3, 30)
     asked = []
 
@@ -277,21 +283,9 @@ def test_memory_that_stays_too_small_is_asked_for_once_more_only(
     assert engine.search([SearchRequest((7, 8, 9), 4, 4)], trie).results == expected
 
 
-def capturing(captured: Callable[..., Any]) -> Callable[..., Any]:
-    """As on a GPU, for the time of the call."""
-
-    def call(searches: Any, search: Any) -> Any:
-        searches._capture, searches._stream, searches._memory = True, None, None
-        return captured(searches, search)
-
-    return call
-
-
 def test_what_was_made_for_a_catalog_that_is_not_taken_goes_with_it(
-    tiny_lm: Callable[..., Any],
+    engine: DeviceEngine,
 ) -> None:
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
     request = SearchRequest((7, 8, 9), 4, 4)
     small, other = (random_catalog(3, items)[0] for items in (6, 120))
     expected = engine.search([request], small).results
@@ -422,10 +416,8 @@ def test_an_exception_in_a_batch_leaves_the_engine_usable(
 
 
 def test_searches_that_there_is_no_memory_for_are_made_on_demand(
-    models: dict[str, Any], tiny_lm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Any], engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = build_engine(tiny_lm("llama", VOCAB, seed=3), TOKENS, POOL, OPTIONS)
-    assert isinstance(engine, DeviceEngine)
     make = engine._searches._make
 
     def scarce(batch: int, width: int) -> Any:
